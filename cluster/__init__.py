@@ -1,0 +1,1 @@
+"""Ground floor: configuration, errors, storage, the Ray session and its jobs."""

@@ -1,0 +1,23 @@
+"""Fixtures shared by all tests. Nothing here needs a network or a model hub."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+from tiny import make_base
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a random two-layer Llama with a byte tokenizer."""
+    return make_base(tmp_path_factory.mktemp("bases") / "llama")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has a LoRay cache directory of its own."""
+    monkeypatch.setenv("LORAY_CACHE", str(tmp_path / "loray-cache"))

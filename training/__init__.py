@@ -1,0 +1,1 @@
+"""What a fine-tune is: examples, tokens, model, loss, loop, checkpoint, merge."""

@@ -1,0 +1,1 @@
+"""Search over training recipes (Ray Tune). Arrives with the search release."""
