@@ -1,0 +1,30 @@
+"""What every door shares: run a typer app, turn errors into one message and an exit status."""
+
+import logging
+import sys
+from collections.abc import Sequence
+
+import click
+import typer
+
+from cluster.errors import LorayError
+
+
+def run(app: typer.Typer, argv: Sequence[str] | None = None) -> int:
+    """Run a command line; 0 on success, 1 on a LorayError, 2 on bad usage, 130 on Ctrl-C."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
+    command = typer.main.get_command(app)
+    try:
+        command.main(list(argv) if argv is not None else None, standalone_mode=False)
+    except LorayError as error:
+        print(f"error [{error.code}]: {error}", file=sys.stderr)
+        return 1
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0

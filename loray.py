@@ -1,0 +1,111 @@
+"""The `loray` command: one function per verb, nothing else."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cluster import __version__, command, config
+from training.__main__ import Overrides, Recipe, train
+from training.config import TrainRecipe
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tune, search and serve LoRA adapters on your own machines.",
+)
+app.command()(train)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, the last line.")]
+Adapter = Annotated[str, typer.Argument(help="An adapter directory.", show_default=False)]
+Base = Annotated[str | None, typer.Option(help="Base model; default: the one it was trained on.")]
+
+
+@app.command()
+def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Check a recipe and its data without training, and show one example as it is learned."""
+    from training import run, strategy
+
+    chosen = config.load(TrainRecipe, recipe, overrides or ())
+    print(f"strategy {strategy.check(chosen)}")
+    for refusal in strategy.SUPPORT:
+        given = ", ".join(f"{name}: {value}" for name, value in refusal.settings.items())
+        print(f"refused: {given} ({refusal.reason})")
+    run.inspect(chosen, print)
+    print("ready to train")
+
+
+@app.command()
+def schema(kind: Annotated[Literal["train"], typer.Argument()] = "train") -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    print(json.dumps(config.schema(TrainRecipe), indent=2))
+
+
+@app.command()
+def merge(
+    adapter: Adapter,
+    out: Annotated[Path, typer.Option(help="Directory to create.", show_default=False)],
+    base: Base = None,
+    precision: Annotated[Literal["fp16", "bf16", "fp32"], typer.Option()] = "fp16",
+    as_json: AsJson = False,
+) -> None:
+    """Fold an adapter into its base and prove that the result answers the same."""
+    from training import merge as room
+
+    report = room.merge(Path(adapter), out, base=base, precision=precision)
+    print(json.dumps(asdict(report), default=str) if as_json else "\n".join(report.lines()))
+
+
+@app.command()
+def evaluate(
+    adapter: Adapter,
+    data: Annotated[str, typer.Argument(help="Examples: file, glob, directory or hub id.")],
+    metrics: Annotated[
+        list[str] | None, typer.Option("--metric", help="loss, exact_match, json_valid, rouge_l.")
+    ] = None,
+    base: Base = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=8192)] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """Measure an adapter on held-out examples, with 95 % intervals. `base` measures the base."""
+    from training import evaluate as room
+
+    report = room.evaluate_adapter(
+        adapter, data, metrics=tuple(metrics or ()), base=base, max_new_tokens=max_new_tokens
+    )
+    print(json.dumps(report.as_json()) if as_json else "\n".join(report.lines()))
+
+
+@app.command()
+def generate(
+    adapter: Adapter,
+    prompt: Annotated[str, typer.Argument(help="What the user says.")],
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    base: Base = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=8192)] = 256,
+) -> None:
+    """Answer one prompt with an adapter."""
+    from training import generation
+
+    print(
+        generation.answer(adapter, prompt, system=system, base=base, max_new_tokens=max_new_tokens)
+    )
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def main() -> int:
+    """The door; returns the exit status."""
+    return command.run(app)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""Adapter-only checkpoints: commit, find the newest valid one, restore, prune.
+
+A checkpoint is a loadable PEFT directory (adapter_model.safetensors, adapter_config.json) with
+optimizer.safetensors and state.json beside it, committed by `cluster.storage`. There is no random
+state to keep: the order of the data and dropout are functions of (seed, step).
+"""
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cluster import storage
+from cluster.errors import AdapterError, StorageError
+from training.model import ADAPTER, trainable
+
+log = logging.getLogger(__name__)
+
+_STEP = re.compile(r"^step-(\d{6,})$")
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class State:
+    """Where a run stands after `step` optimiser steps, beside its weights."""
+
+    step: int = 0
+    applied_steps: int = 0
+    """Steps in which the optimiser moved; fp16 skips one whose gradient overflows."""
+    real_tokens: int = 0
+    supervised_tokens: int = 0
+    train_s: float = 0.0
+    """Seconds spent in training steps."""
+    first_loss: float | None = None
+    last_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    evals_without_gain: int = 0
+    scaler: Mapping[str, float] = field(default_factory=dict)
+    """GradScaler state; empty unless training in fp16."""
+
+
+def directory(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is committed."""
+    return run_dir / "checkpoints" / f"step-{step:06d}"
+
+
+def save(
+    run_dir: Path,
+    model: PeftModel,
+    optimizer: Optimizer,
+    state: State,
+    *,
+    attempt: int,
+    info: Mapping[str, Any],
+) -> Path:
+    """Commit a checkpoint of `state.step`; nothing is there until all of it is on disk.
+
+    Raises StorageError on a full disk or where a newer attempt owns the run, AdapterError where
+    what was written does not read back as a usable adapter.
+    """
+    final = directory(run_dir, state.step)
+    if final.exists():  # a broken one would have been quarantined, so it is this very step
+        return final
+
+    def write(temporary: Path) -> None:
+        write_adapter(model, temporary)
+        tensors, numbers = _pack_optimizer(model, optimizer)
+        save_file(tensors, temporary / "optimizer.safetensors")
+        body = {"state": asdict(state), "optimizer": numbers}
+        (temporary / "state.json").write_text(json.dumps(body, indent=1), encoding="utf-8")
+        check_adapter(temporary, model, must_have_moved=state.applied_steps > 0)
+
+    storage.commit(
+        final,
+        write,
+        attempt=str(attempt),
+        info=dict(info),
+        is_fenced=lambda: not storage.is_current_attempt(run_dir, attempt),
+    )
+    return final
+
+
+def find_latest_valid(run_dir: Path, on_broken: Callable[[str], None] = log.warning) -> Path | None:
+    """The newest checkpoint that verifies; broken ones are quarantined and reported.
+
+    This is the only source of a resume.
+    """
+    for _, path in sorted(_steps(run_dir).items(), reverse=True):
+        try:
+            storage.verify(path)
+        except StorageError as error:
+            moved = storage.quarantine(path, str(error))
+            on_broken(f"checkpoint {path.name} is damaged ({error}); moved to {moved.name}")
+        else:
+            return path
+    return None
+
+
+def restore(path: Path, model: PeftModel, optimizer: Optimizer) -> State:
+    """Load a verified checkpoint into a model and optimiser of the same recipe.
+
+    Raises AdapterError where its parameters are not those of the model.
+    """
+    load_adapter(path, model)
+    body = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    _unpack_optimizer(
+        model, optimizer, load_file(path / "optimizer.safetensors"), body["optimizer"]
+    )
+    return State(**body["state"])
+
+
+def prune(run_dir: Path, *, keep: int, best_step: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one."""
+    steps = _steps(run_dir)
+    for step in sorted(steps)[:-keep]:
+        if step != best_step:
+            # Renamed first: a crash in between must not leave half a checkpoint to be found.
+            doomed = steps[step].rename(steps[step].parent / f".tmp-prune-{steps[step].name}")
+            shutil.rmtree(doomed)
+
+
+def write_adapter(model: PeftModel, target: Path) -> None:
+    """Write the adapter as PEFT's two files; no embeddings, no model card, no network."""
+    tensors = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+    model.peft_config[ADAPTER].save_pretrained(str(target))
+
+
+def check_adapter(target: Path, model: PeftModel, *, must_have_moved: bool) -> None:
+    """Reopen a written adapter: keys and shapes of the model, finite, not all of lora_B zero.
+
+    Raises AdapterError (alpaca-lora #293: 443-byte adapters that nobody noticed).
+    """
+    expected = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    moved = False
+    with safe_open(target / WEIGHTS, framework="pt") as file:
+        if set(file.keys()) != set(expected):
+            raise AdapterError(f"{target.name}: the saved adapter lacks tensors of the model")
+        for name, tensor in expected.items():
+            saved = file.get_tensor(name)
+            if saved.shape != tensor.shape or not torch.isfinite(saved).all():
+                raise AdapterError(f"{target.name}: {name} is misshapen or not finite")
+            moved = moved or ("lora_B" in name and bool(saved.any()))
+    if must_have_moved and not moved:
+        raise AdapterError(f"{target.name}: every lora_B is zero; nothing was learned")
+
+
+def load_adapter(path: Path, model: PeftModel) -> None:
+    """Copy a checkpoint's adapter weights into `model`, in place."""
+    tensors = load_file(path / WEIGHTS)
+    own = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in own.items()}:
+        raise AdapterError(f"{path}: its parameters are not those of this recipe's adapter")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def _steps(run_dir: Path) -> dict[int, Path]:
+    found = (run_dir / "checkpoints").glob("step-*")
+    matches = ((_STEP.match(path.name), path) for path in found)
+    return {int(match.group(1)): path for match, path in matches if match}
+
+
+def _pack_optimizer(
+    model: PeftModel, optimizer: Optimizer
+) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, float]] = {}
+    for name, parameter in trainable(model).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value.detach().cpu().clone().contiguous()
+            else:
+                numbers.setdefault(name, {})[key] = value
+    return tensors, numbers
+
+
+def _unpack_optimizer(
+    model: PeftModel,
+    optimizer: Optimizer,
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, Mapping[str, float]],
+) -> None:
+    parameters = trainable(model)
+    for name, parameter in parameters.items():
+        state: dict[str, Any] = dict(numbers.get(name, {}))
+        prefix = f"{name}/"
+        for key, tensor in tensors.items():
+            if key.startswith(prefix):
+                # AdamW keeps its step count on the CPU unless it is fused or capturable.
+                is_scalar = tensor.ndim == 0
+                state[key[len(prefix) :]] = tensor if is_scalar else tensor.to(parameter.device)
+        if state:
+            optimizer.state[parameter] = state

@@ -1,0 +1,129 @@
+"""A recipe's examples as tokens, in the order in which they are trained."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from training import inspection, sampler, tokens
+from training.config import TrainRecipe
+from training.model import tokenizer_fingerprint
+from training.tokens import Encoded, Encoder, TokenSet
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dataset:
+    """What a run trains and is evaluated on."""
+
+    encoder: Encoder
+    train: TokenSet | None
+    """None for a stream, which is never whole in memory."""
+    eval: TokenSet | None
+    report: inspection.DataReport | None
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the training examples as tokens; `stream` for a stream."""
+        return self.train.fingerprint if self.train is not None else "stream"
+
+
+class SetBatches:
+    """Global batches out of a token set, in the sampler's order."""
+
+    def __init__(self, train: TokenSet, recipe: TrainRecipe) -> None:
+        self._train = train
+        self._order = sampler.Order(
+            len(train),
+            recipe.optim.global_batch_size,
+            recipe.optim.seed,
+            epochs=recipe.optim.epochs,
+            max_steps=recipe.optim.max_steps,
+        )
+        self.num_steps: int = self._order.num_steps
+
+    def batch(self, step: int) -> Sequence[tuple[int, Encoded]]:
+        """The global batch of 0-based `step`: (index of the example, its tokens)."""
+        return [(index, self._train[index]) for index in self._order.batch(step)]
+
+
+class StreamBatches:
+    """Global batches out of a stream, read once from front to back; a resume reads up to its step."""
+
+    def __init__(self, recipe: TrainRecipe, encoder: Encoder) -> None:
+        assert recipe.optim.max_steps is not None, "TrainRecipe wants max_steps for a stream"
+        self._size = recipe.optim.global_batch_size
+        self._next = 0
+        self._order = sampler.StreamOrder(
+            recipe.data.train,
+            encoder,
+            global_batch_size=self._size,
+            seed=recipe.optim.seed,
+            max_steps=recipe.optim.max_steps,
+            format=recipe.data.format,
+            on_bad_row=recipe.data.on_bad_row,
+        )
+        self.num_steps: int = self._order.num_steps
+
+    def batch(self, step: int) -> Sequence[tuple[int, Encoded]]:
+        """The global batch of 0-based `step`: (place of the example in the stream, its tokens)."""
+        if step != self._next:
+            self._order.skip(step)
+        self._next = step + 1
+        return list(enumerate(next(self._order), start=step * self._size))
+
+
+def make_encoder(
+    recipe: TrainRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    generation_eos: int | list[int] | None,
+) -> Encoder:
+    """The recipe's way from an example to ids and labels."""
+    return Encoder(
+        tokenizer,
+        template=recipe.data.template,
+        mask=recipe.data.mask,
+        max_length=recipe.data.max_length,
+        stop_ids=tokens.stop_ids(tokenizer, generation_eos),
+    )
+
+
+def load(
+    recipe: TrainRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    generation_eos: int | list[int] | None,
+    *,
+    cache_dir: Path | None = None,
+) -> Dataset:
+    """Read, tokenise (or take from the token cache) and inspect the recipe's examples.
+
+    Raises DataError for data that cannot be trained on.
+    """
+    encoder = make_encoder(recipe, tokenizer, generation_eos)
+    if recipe.data.streaming:
+        held_out = _load(recipe, recipe.data.eval, encoder, tokenizer, cache_dir)
+        return Dataset(encoder=encoder, train=None, eval=held_out, report=None)
+    train = _load(recipe, recipe.data.train, encoder, tokenizer, cache_dir)
+    assert train is not None
+    report = inspection.inspect(train, encoder, tokenizer)
+    inspection.refuse(report)
+    held_out = _load(recipe, recipe.data.eval, encoder, tokenizer, cache_dir)
+    return Dataset(encoder=encoder, train=train, eval=held_out, report=report)
+
+
+def _load(
+    recipe: TrainRecipe,
+    source: str | tuple[str, ...] | None,
+    encoder: Encoder,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: Path | None,
+) -> TokenSet | None:
+    if source is None:
+        return None
+    return tokens.load(
+        source,
+        data=recipe.data,
+        encoder=encoder,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        cache_dir=cache_dir,
+    )

@@ -1,0 +1,60 @@
+"""The frozen int8 linear layer: exact by row, with a backward that keeps no activation.
+
+bitsandbytes 0.50.2 stores the weight as int8 `CB` with one scale a row, `SCB / 127`. Its own
+forward rewrites the whole weight in 16 bits on every call, and on CUDA picks outlier columns over
+all rows of the call, so that a neighbour's tokens change a row's output (about 2e-3). Here the
+scale is applied to the output instead, and the input is not kept, since a frozen weight needs no
+gradient. Same code on CPU and CUDA.
+
+T tokens, I input features, O output features.
+"""
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
+
+_INT8_MAX = 127.0
+
+
+class _Int8Matmul(torch.autograd.Function):
+    """`x_TI @ (weight_OI * scale_O).T`, differentiable in x only."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_OI, scale_O)
+        if x.dtype == torch.float16:  # an unscaled product leaves the range of fp16
+            return F.linear(x, weight_OI.to(x.dtype) * scale_O.to(x.dtype)[:, None])
+        return F.linear(x, weight_OI.to(x.dtype)).mul_(scale_O.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        weight_OI, scale_O = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+        if grad.dtype == torch.float16:
+            return grad @ (weight_OI.to(grad.dtype) * scale_O.to(grad.dtype)[:, None]), None, None
+        return (grad * scale_O.to(grad.dtype)) @ weight_OI.to(grad.dtype), None, None
+
+
+class Int8Linear(bnb.nn.Linear8bitLt):
+    """A quantised `Linear8bitLt` with the exact forward of this module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        scale_O = self.weight.SCB.view(-1) / _INT8_MAX
+        out = _Int8Matmul.apply(x, self.weight.data, scale_O)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+def adopt(model: nn.Module) -> int:
+    """Give every quantised `Linear8bitLt` of a model the forward above; returns how many."""
+    count = 0
+    for module in model.modules():
+        if type(module) is bnb.nn.Linear8bitLt:
+            assert module.weight.dtype == torch.int8, "adopt() wants weights that are quantised"
+            assert module.weight.SCB is not None, "bitsandbytes moved the scale elsewhere"
+            module.__class__ = Int8Linear
+            count += 1
+    return count

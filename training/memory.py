@@ -1,0 +1,182 @@
+"""What one micro-batch holds: measured on the loaded model, decided once a run, then kept.
+
+The plan is stored with the run, because another micro-batch would sum the same gradients in
+another order, and a resumed run must be bitwise the uninterrupted one.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from cluster import storage
+from cluster.errors import ResourceError
+from training import packing
+from training.config import TrainRecipe
+from training.model import Base
+from training.objective import CHUNK, Objective
+from training.tokens import Encoded
+
+_PARITY_BOUND = 1e-4
+"""Largest difference between packed and separate logits; half precision gets 100 times that."""
+_TARGET_TOKENS = {"cpu": 1024, "cuda": 8192}
+"""Tokens of a micro-batch beyond which a device gains nothing more (measured on CPU only)."""
+_USABLE_SHARE = 0.6
+"""Of the free memory; the rest is for what is not measured (fragmentation, optimiser, others)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """How a run's batches are laid out."""
+
+    is_packed: bool
+    micro_batch_tokens: int
+    """Padding included."""
+    gradient_checkpointing: bool
+    pad_id: int
+    note: str = ""
+    """Why, in one line, for the user."""
+
+
+def decide(
+    recipe: TrainRecipe,
+    base: Base,
+    objective: Objective,
+    *,
+    longest_tokens: int,
+    pad_id: int,
+    workers_here: int,
+) -> MemoryPlan:
+    """Probe the loaded model and lay out a run's batches.
+
+    longest_tokens: length of the longest example. workers_here: how many share this machine.
+    Raises ResourceError where not even one example fits with checkpointing.
+    """
+    is_packed, packing_note = _choose_packing(recipe, base, objective, pad_id)
+    vocab_size = base.model.config.get_text_config().vocab_size
+    probe = random_probe(vocab_size, pad_id).to(base.device)
+    set_checkpointing(objective, is_on=False)
+    plain_bytes = bytes_per_token(objective, base, probe)
+    set_checkpointing(objective, is_on=True)
+    layers = getattr(base.model.config, "num_hidden_layers", 1)
+    frugal_bytes = bytes_per_token(objective, base, probe) + plain_bytes / layers
+    fixed = 3 * CHUNK * vocab_size * 4
+    budget = _USABLE_SHARE * free_bytes(base.device) / workers_here - fixed
+    setting = recipe.memory.gradient_checkpointing
+    is_on = setting == "on" or (setting == "auto" and longest_tokens * plain_bytes > budget)
+    used = frugal_bytes if is_on else plain_bytes
+    if longest_tokens * used > budget:
+        raise ResourceError(
+            f"the longest example has {longest_tokens} tokens, {used / 1e6:.2f} MB of activations "
+            f"each (gradient checkpointing {'on' if is_on else 'off'}), but only "
+            f"{max(0.0, budget) / 1e9:.2f} GB of {base.device.type} memory may be used. Lower "
+            "data.max_length, set memory.gradient_checkpointing: on, or use a larger machine"
+        )
+    tokens = recipe.memory.micro_batch_tokens
+    if tokens == "auto":
+        fitting = int(budget / used)
+        tokens = max(longest_tokens, min(_TARGET_TOKENS.get(base.device.type, 1024), fitting))
+    why = "as asked" if setting != "auto" else "does not fit without" if is_on else "fits without"
+    note = (
+        f"{packing_note}; gradient checkpointing {'on' if is_on else 'off'} ({why}: "
+        f"{used / 1e6:.2f} MB a token, {budget / 1e9:.1f} GB usable); "
+        f"micro-batches of up to {tokens} tokens"
+    )
+    return MemoryPlan(
+        is_packed=is_packed,
+        micro_batch_tokens=tokens,
+        gradient_checkpointing=is_on,
+        pad_id=pad_id,
+        note=note,
+    )
+
+
+def stored(run_dir: Path) -> MemoryPlan | None:
+    """The plan that the run was started with."""
+    path = run_dir / "memory.json"
+    return MemoryPlan(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def store(run_dir: Path, plan: MemoryPlan) -> None:
+    """Keep the plan for every later attempt of the run."""
+    storage.write_file(run_dir / "memory.json", json.dumps(asdict(plan), indent=1).encode())
+
+
+def set_checkpointing(objective: Objective, *, is_on: bool) -> None:
+    """Turn non-reentrant activation checkpointing on or off; the KV cache is off in training."""
+    model = objective.model.get_base_model()
+    model.config.use_cache = False
+    if is_on:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
+
+
+def bytes_per_token(objective: Objective, base: Base, batch: packing.MicroBatch) -> float:
+    """Bytes that the forward pass keeps for the backward pass, for each token of `batch`.
+
+    Counts storages once, and leaves out parameters and buffers, which are there anyway.
+    """
+    model = objective.model
+    resident = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage_ = tensor.untyped_storage()
+        if storage_.data_ptr() not in resident:
+            kept[storage_.data_ptr()] = storage_.nbytes()
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), base.autocast():
+        loss = objective.loss_sum(batch)
+    del loss
+    return sum(kept.values()) / batch.input_ids_BL.numel()
+
+
+def _choose_packing(
+    recipe: TrainRecipe, base: Base, objective: Objective, pad_id: int
+) -> tuple[bool, str]:
+    if recipe.data.packing == "off":
+        return False, "padding (data.packing: off)"
+    vocab_size = base.model.config.get_text_config().vocab_size
+    bound = _PARITY_BOUND * (1 if base.precision == "fp32" else 100)
+    objective.model.eval()
+    with torch.no_grad(), base.autocast():
+        difference = packing.parity_probe(
+            lambda batch: objective.logits(batch.to(base.device)),
+            vocab_size=vocab_size,
+            pad_id=pad_id,
+        )
+    if difference <= bound:
+        return True, f"packing (parity {difference:.1e})"
+    reason = (
+        f"{base.model.config.model_type} gives other logits in packed rows "
+        f"(difference {difference:.1e}, bound {bound:.0e})"
+    )
+    if recipe.data.packing == "on":
+        raise ResourceError(f"data.packing is on, but {reason}; set it to auto or off")
+    return False, f"padding, since {reason}"
+
+
+def random_probe(vocab_size: int, pad_id: int) -> packing.MicroBatch:
+    """A row of 128 random tokens, all supervised."""
+    ids = np.random.default_rng(0).integers(vocab_size, size=128, dtype=np.int32)
+    row = Encoded(id="probe", input_ids=ids, labels=ids, is_truncated=False, has_end=False)
+    return packing.plan([row], micro_batch_tokens=128, is_packed=True, pad_id=pad_id)[0]
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that a worker on `device` could still take; a container's limit counts."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:
+        return float(min(free, int(limit.read_text()) - int(used.read_text())))
+    except (OSError, ValueError):  # no cgroup, or no limit ("max")
+        return float(free)

@@ -1,0 +1,297 @@
+"""What each Ray Train worker runs; plain Python, so that tests and `--local` run it without Ray."""
+
+import hashlib
+import json
+import logging
+import platform
+import resource
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster import __version__, config, storage
+from cluster.errors import LorayError, ResourceError
+from training import checkpoint, dataset, loop, memory, model, objective, tokens
+from training.checkpoint import State
+from training.config import TrainRecipe
+from training.events import EventLog
+from training.memory import MemoryPlan
+from training.model import Base
+from training.strategy import Workers
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    recipe: TrainRecipe, run_dir: Path, *, workers: Workers, device: torch.device, workers_here: int
+) -> None:
+    """Train a recipe whose paths are absolute into `run_dir`; the result is its last event.
+
+    workers_here: how many workers share this machine's memory. Raises LorayError; the reason is
+    in the run's events by then.
+    """
+    events = EventLog(run_dir / "events.jsonl") if workers.is_first else None
+    try:
+        _run(recipe, run_dir, workers, device, workers_here, events)
+    except LorayError as error:
+        if events is not None:
+            events.write("failed", sync=True, code=error.code, message=str(error))
+        raise
+    finally:
+        if events is not None:
+            events.close()
+
+
+def _run(
+    recipe: TrainRecipe,
+    run_dir: Path,
+    workers: Workers,
+    device: torch.device,
+    workers_here: int,
+    events: EventLog | None,
+) -> None:
+    started = time.perf_counter()
+    attempt = storage.next_attempt(run_dir) if workers.is_first else 0
+    _require_memory(recipe, device, workers_here)
+    base = model.load_base(recipe.model, device=device)
+    peft_model, router = model.attach_lora(base, recipe.lora, seed=recipe.optim.seed)
+    data = dataset.load(recipe, base.tokenizer, base.generation_eos)
+    vocab_size = base.model.config.get_text_config().vocab_size
+    tokens.check_special_ids(base.tokenizer, base.model.config, base.generation_eos)
+    pad_id = tokens.choose_pad_id(base.tokenizer)
+    chosen = objective.probe(
+        peft_model, memory.random_probe(vocab_size, pad_id).to(device), base.autocast
+    )
+    plan = _agree_on_memory(recipe, run_dir, base, chosen, data, pad_id, workers, workers_here)
+    memory.set_checkpointing(chosen, is_on=plan.gradient_checkpointing)
+    trained = sum(p.numel() for p in model.trainable(peft_model).values())
+    storage.require_free(
+        run_dir, 12 * trained * (recipe.checkpoint.keep + 2), purpose="checkpoints of the adapter"
+    )
+    batches = (
+        dataset.SetBatches(data.train, recipe)
+        if data.train is not None
+        else dataset.StreamBatches(recipe, data.encoder)
+    )
+    job = loop.Job(
+        recipe=recipe,
+        run_dir=run_dir,
+        attempt=attempt,
+        base=base,
+        model=peft_model,
+        router=router,
+        objective=chosen,
+        batches=batches,
+        eval_examples=data.eval if data.eval is not None else (),
+        memory=plan,
+        workers=workers,
+        events=events,
+        info=provenance(recipe, base, data.fingerprint),
+    )
+    state = loop.fit(job)
+    if workers.is_first:
+        was_stopped = state.step < batches.num_steps and loop.stop_file(run_dir).exists()
+        _finish(job, data, state, started, was_stopped=was_stopped)
+    workers.wait()
+
+
+def provenance(recipe: TrainRecipe, base: Base, data_fingerprint: str) -> dict[str, Any]:
+    """What an adapter's manifest says of where it comes from."""
+    body = json.dumps(config.plain(recipe), sort_keys=True)
+    return {
+        "loray_version": __version__,
+        "base_model": base.name,
+        "base_fingerprint": base.fingerprint,
+        "tokenizer_fingerprint": model.tokenizer_fingerprint(base.tokenizer),
+        "quantization": base.quantization,
+        "precision": base.precision,
+        "recipe_sha256": hashlib.sha256(body.encode()).hexdigest(),
+        "data_fingerprint": data_fingerprint,
+    }
+
+
+def _finish(
+    job: loop.Job, data: dataset.Dataset, state: State, started: float, *, was_stopped: bool
+) -> None:
+    """Commit `<run>/adapter` from the chosen checkpoint, evaluate it, write the last event."""
+    wants_best = job.recipe.evaluation.best == "loss" and state.best_step is not None
+    step = state.best_step if wants_best and state.best_step is not None else state.step
+    source = checkpoint.directory(job.run_dir, step)
+    checkpoint.load_adapter(source, job.model)
+    scores = _evaluate(job, data, state)
+    final = job.run_dir / "adapter"
+
+    def write(target: Path) -> None:
+        for name in (checkpoint.WEIGHTS, "adapter_config.json"):
+            shutil.copyfile(source / name, target / name)
+        job.base.tokenizer.save_pretrained(target)
+
+    storage.commit(
+        final,
+        write,
+        attempt=str(job.attempt),
+        info={**job.info, "step": step, "eval": scores},
+        is_fenced=lambda: not storage.is_current_attempt(job.run_dir, job.attempt),
+        replace=True,
+    )
+    seconds = state.train_s
+    job.report(
+        "finished",
+        was_stopped=was_stopped,
+        adapter=str(final),
+        adapter_step=step,
+        steps=state.step,
+        num_steps=job.batches.num_steps,
+        skipped_steps=state.step - state.applied_steps,
+        first_loss=state.first_loss,
+        final_loss=state.last_loss,
+        eval=scores,
+        real_tokens=state.real_tokens,
+        supervised_tokens=state.supervised_tokens,
+        real_tokens_per_s=round(state.real_tokens / seconds, 2) if seconds else None,
+        train_wall_s=round(seconds, 3),
+        worker_wall_s=round(time.perf_counter() - started, 3),
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+
+
+def _evaluate(job: loop.Job, data: dataset.Dataset, state: State) -> dict[str, Any]:
+    """The recipe's metrics of the loaded adapter, as the manifest and the last event carry them."""
+    if data.eval is None or not job.recipe.data.eval:
+        return {}
+    scores: dict[str, Any] = {"loss": state.best_loss}
+    generated = [m for m in job.recipe.evaluation.metrics if m != "loss"]
+    if generated:
+        from training import evaluate, examples
+
+        rows = examples.read(
+            job.recipe.data.eval,
+            format=job.recipe.data.format,
+            on_bad_row=job.recipe.data.on_bad_row,
+        )
+        result = evaluate.evaluate(job.base, job.model, rows.examples, data.encoder, generated)
+        scores |= {name: config.plain(estimate) for name, estimate in result.metrics.items()}
+    return scores
+
+
+def _agree_on_memory(
+    recipe: TrainRecipe,
+    run_dir: Path,
+    base: Base,
+    chosen: objective.Objective,
+    data: dataset.Dataset,
+    pad_id: int,
+    workers: Workers,
+    workers_here: int,
+) -> MemoryPlan:
+    """The run's stored plan, decided by the first worker where there is none."""
+    if workers.is_first and memory.stored(run_dir) is None:
+        longest = (
+            recipe.data.max_length
+            if data.train is None
+            else max(int(s.lengths.max()) for s in (data.train, data.eval) if s is not None)
+        )
+        plan = memory.decide(
+            recipe,
+            base,
+            chosen,
+            longest_tokens=longest,
+            pad_id=pad_id,
+            workers_here=workers_here,
+        )
+        memory.store(run_dir, plan)
+    workers.wait()
+    plan = memory.stored(run_dir)
+    assert plan is not None
+    return plan
+
+
+def _require_memory(recipe: TrainRecipe, device: torch.device, workers_here: int) -> None:
+    """Refuse before loading what would be killed while loading."""
+    directory = model.resolve(recipe.model.base, recipe.model.revision)
+    stored = sum(p.stat().st_size for p in directory.glob("*.safetensors"))
+    factor = {"int8": 0.6, "nf4": 0.4, "none": 1.0}[recipe.model.quantization]
+    if device.type == "cpu" and recipe.model.quantization == "none":
+        factor = 2.0  # half-precision files, fp32 in memory
+    needed, free = stored * factor, memory.free_bytes(device) / workers_here
+    if needed > free:
+        raise ResourceError(
+            f"model.base {recipe.model.base!r} needs about {needed / 1e9:.1f} GB of {device.type} "
+            f"memory as {recipe.model.quantization}, but {free / 1e9:.1f} GB are free for each of "
+            f"{workers_here} workers. Use a smaller base, model.quantization: nf4, or fewer workers"
+        )
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def ray_worker(spec: dict[str, Any]) -> None:
+    """The train function of TorchTrainer: find out who we are, then `run`.
+
+    An error that a retry cannot mend is left in the run's events, and the worker ends normally,
+    so that Ray does not spend its restarts on it; leaving the process group frees the others.
+    """
+    import ray.train
+    import ray.train.torch
+    import torch.distributed as dist
+
+    context = ray.train.get_context()
+    workers = Workers(rank=context.get_world_rank(), size=context.get_world_size())
+    device = ray.train.torch.get_device()
+    torch.set_num_threads(spec["threads"])
+    recipe = config.build(TrainRecipe, spec["recipe"], where="recipe")
+    run_dir = Path(spec["run_dir"])
+    try:
+        run(
+            recipe,
+            run_dir,
+            workers=workers,
+            device=device,
+            workers_here=context.get_local_world_size(),
+        )
+    except LorayError as error:
+        storage.write_file(run_dir / f"failure-{workers.rank}.json", failure_record(error))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except RuntimeError:
+        if not list(run_dir.glob("failure-*.json")):  # another worker has said why
+            raise
+
+
+def failure_record(error: LorayError) -> bytes:
+    """An error as the driver reads it back."""
+    return json.dumps({"kind": type(error).__name__, "message": str(error)}).encode()
+
+
+def with_absolute_paths(recipe: TrainRecipe) -> TrainRecipe:
+    """The recipe as it reads from any directory: workers do not run in the driver's."""
+
+    def absolute(source: str) -> str:
+        if source == "demo":
+            return source
+        found = Path(source).expanduser()
+        is_local = found.exists() or any(mark in source for mark in "*?[")
+        return str(found.absolute()) if is_local else source
+
+    def each(source: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        return (
+            tuple(map(absolute, source))
+            if isinstance(source, tuple)
+            else (absolute(source) if source is not None else None)
+        )
+
+    train = each(recipe.data.train)
+    assert train is not None
+    return replace(
+        recipe,
+        storage=str(Path(recipe.storage).absolute()),
+        model=replace(recipe.model, base=absolute(recipe.model.base)),
+        data=replace(recipe.data, train=train, eval=each(recipe.data.eval)),
+    )
