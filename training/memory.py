@@ -111,9 +111,9 @@ def set_checkpointing(objective: Objective, *, is_on: bool) -> None:
     model = objective.model.get_base_model()
     model.config.use_cache = False
     if is_on:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     else:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
 
 
 def bytes_per_token(objective: Objective, base: Base, batch: packing.MicroBatch) -> float:

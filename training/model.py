@@ -143,6 +143,11 @@ def load_base(config: ModelConfig, *, device: torch.device) -> Base:
     if config.quantization != "none":
         _quantise_subclasses(model, config.quantization, dtype, device)
         int8.adopt(model)
+        for module in model.modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                # bitsandbytes 0.50.2 repacks the weight on CPUs with AVX512-BF16 once it sees an
+                # inference, rounds to bf16 and refuses widths that are no multiple of 64.
+                module.support_avx512bf16_for_cpu = False
     return Base(
         model=model,
         tokenizer=tokenizer,

@@ -1,0 +1,307 @@
+"""A Ray session: the cluster that was named, or a private one on this machine.
+
+A private Ray lives in a directory of its own, listens on the loopback interface only, asks for a
+fresh random token, and is gone with its files when the `with` block ends.
+
+What is not covered: Ray Client addresses (`ray://`) and the Jobs API (`http://`); a driver runs
+on a node of its cluster, or is submitted to it as a job (`cluster.jobs`).
+"""
+
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import ClusterError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+"""The directory that holds our packages."""
+PACKAGES = tuple(REPOSITORY / name for name in ("cluster", "training", "tune_spaces", "serving"))
+"""What a Ray worker must be able to import."""
+
+_PROBE_TIMEOUT_S = 5.0
+_OBJECT_STORE_BYTES = 128 << 20
+_MAX_TEMPORARY_ROOT = 24
+"""Ray adds up to 75 characters for its sockets, whose paths may have 107 bytes."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Session:
+    """A live connection to Ray and what the cluster has."""
+
+    address: str
+    """host:port of the cluster's control service (GCS)."""
+    is_private: bool
+    """Started for this session, and stopped with it."""
+    num_cpus: int
+    """CPU cores that Ray may use, over all nodes."""
+    num_gpus: int
+    """GPUs that Ray may use, over all nodes."""
+    num_nodes: int
+    """Nodes that are alive."""
+
+    def __str__(self) -> str:
+        where = "private Ray on this machine" if self.is_private else f"Ray at {self.address}"
+        return f"{where}: {self.num_nodes} nodes, {self.num_cpus} CPUs, {self.num_gpus} GPUs"
+
+
+@contextmanager
+def connect(address: str | None = None, *, num_cpus: int | None = None) -> Iterator[Session]:
+    """Connect to `address`, else to RAY_ADDRESS (which a Ray job has), else start a private Ray.
+
+    `address` is host:port, or `auto` for the cluster that `ray start` started on this machine.
+    `num_cpus` is the number of CPU cores a private Ray may use; null is all of them. Inside an
+    open session, `connect()` yields that session and leaves it open. Raises ClusterError where the
+    cluster cannot be reached within about 15 s, refuses the token, or cannot be started.
+    """
+    import ray
+
+    if ray.is_initialized():
+        if address is not None:
+            raise ClusterError(
+                f"this process is connected to Ray already; it cannot connect to {address!r} too. "
+                "Close the first session, or leave the address out"
+            )
+        yield _report(is_private=False)
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    if address in (None, "local"):
+        with _private(num_cpus):
+            yield _report(is_private=True)
+        return
+    if num_cpus is not None:
+        raise ClusterError(
+            f"num_cpus is {num_cpus} for the running cluster {address!r}, which has its own "
+            "CPUs; leave num_cpus out, or leave the address out and unset RAY_ADDRESS"
+        )
+    with _existing(address):
+        yield _report(is_private=False)
+
+
+def storage_root(storage: str) -> Path:
+    """The directory that a recipe's `storage` means, absolute.
+
+    A relative path starts at the current directory. In a Ray job that directory is an unpacked
+    package, which Ray deletes when the job is over: there it starts at $LORAY_HOME, by default
+    ~/loray, on the node that runs the job, and a log line says so.
+    """
+    path = Path(storage).expanduser()
+    if path.is_absolute():
+        return path
+    here = Path.cwd()
+    if not is_package_directory(here):
+        return here / path
+    home = Path(os.environ.get("LORAY_HOME") or "~/loray").expanduser().absolute()
+    _log.warning(
+        "storage=%s resolved_to=%s node=%s reason='the working directory of a Ray job is deleted "
+        "after it; set LORAY_HOME or give an absolute storage path to choose another place'",
+        storage,
+        home / path,
+        socket.gethostname(),
+    )
+    return home / path
+
+
+def is_package_directory(directory: Path) -> bool:
+    """Whether Ray unpacked this directory for a job, and will delete it."""
+    names = directory.parts
+    return "runtime_resources" in names or any(name.startswith("_ray_pkg_") for name in names)
+
+
+@contextmanager
+def _existing(address: str) -> Iterator[None]:
+    import ray
+
+    bootstrap = _bootstrap_address(address)
+    _probe(bootstrap, given=address)
+    # A job's own runtime_env already brings the packages; elsewhere they are uploaded.
+    is_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    runtime_env = None if is_job else {"py_modules": [str(path) for path in PACKAGES]}
+    try:
+        _init(address=bootstrap, runtime_env=runtime_env)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _bootstrap_address(address: str) -> str:
+    """host:port as Ray resolves it: a loopback name becomes the address of this node."""
+    from ray._private import services
+
+    if "://" in address:
+        raise ClusterError(
+            f"Ray address {address!r} is not one that a driver can use; allowed: host:port or "
+            "auto. From outside the cluster, submit the run as a job: "
+            "--submit --address http://HOST:8265"
+        )
+    if address == "auto":
+        try:
+            return services.canonicalize_bootstrap_address_or_die("auto")
+        except ConnectionError:
+            raise ClusterError(
+                "no Ray cluster runs on this machine, which address 'auto' asks for; start one "
+                "with `ray start --head`, or unset RAY_ADDRESS to use a private one"
+            ) from None
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isdigit() and 0 < int(port) < 1 << 16):
+        raise ClusterError(f"Ray address {address!r} is not usable; allowed: host:port or auto")
+    try:
+        return f"{services.resolve_ip_for_localhost(host)}:{port}"
+    except OSError as error:
+        raise ClusterError(f"Ray address {address!r} cannot be resolved ({error})") from None
+
+
+def _probe(address: str, *, given: str) -> None:
+    """Say hello in HTTP/2 and wait for the answer: ray.init would try for two minutes (2.60)."""
+    host, _, port = address.rpartition(":")
+    hello = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+    reason = "it does not speak gRPC"
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), _PROBE_TIMEOUT_S) as stream:
+            stream.settimeout(_PROBE_TIMEOUT_S)
+            if os.environ.get("RAY_USE_TLS", "0") in ("1", "true"):
+                return
+            stream.sendall(hello)
+            if stream.recv(9)[3:4] == b"\x04":
+                return
+    except OSError as error:
+        reason = str(error)
+    raise ClusterError(
+        f"Ray at {given} ({address}) cannot be reached: {reason}. Check that the head node is up "
+        "(`ray status` there), the port is its GCS port (6379 by default) and no firewall is in "
+        "between; or leave the address out and unset RAY_ADDRESS to use this machine alone"
+    )
+
+
+@contextmanager
+def _private(num_cpus: int | None) -> Iterator[None]:
+    """A Ray for this process alone. Nothing is left of it: no process, no file, no setting."""
+    import ray
+
+    root = tempfile.gettempdir()
+    root = root if len(os.fsencode(root)) <= _MAX_TEMPORARY_ROOT else "/tmp"  # noqa: S108
+    directory = Path(tempfile.mkdtemp(prefix="loray-", dir=root))  # mode 0700
+    try:
+        token = directory / "token"
+        descriptor = os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(secrets.token_hex(32))
+        path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+        variables = {
+            "PYTHONPATH": path,
+            "RAY_ADDRESS": None,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": None,
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        with environment(variables), _loopback_only():
+            forget_token()
+            try:
+                _init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    include_dashboard=False,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    _temp_dir=str(directory),
+                )
+                yield
+            finally:
+                ray.shutdown()
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        forget_token()
+
+
+def _init(**options: Any) -> None:
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    try:
+        ray.init(logging_level=logging.WARNING, log_to_driver=False, **options)
+    except AuthenticationError as error:
+        raise ClusterError(
+            f"Ray at {options['address']} refuses this process: {_first_line(error)}. Set "
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file with the cluster's token"
+        ) from None
+    except (Exception, SystemExit) as error:  # 2.60 ends the process where the GCS goes silent.
+        raise ClusterError(
+            f"Ray at {options['address']} cannot be started or reached: "
+            f"{type(error).__name__}: {_first_line(error)}. Check `ray status` on the head node, "
+            "free memory and /dev/shm, and that both sides run the same Ray and Python"
+        ) from error
+
+
+def _report(*, is_private: bool) -> Session:
+    import ray
+
+    resources = ray.cluster_resources()
+    return Session(
+        address=ray.get_runtime_context().gcs_address,
+        is_private=is_private,
+        num_cpus=int(resources.get("CPU", 0)),
+        num_gpus=int(resources.get("GPU", 0)),
+        num_nodes=sum(bool(node["Alive"]) for node in ray.nodes()),
+    )
+
+
+@contextmanager
+def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Environment variables for the time of the block; None unsets one."""
+    before = {name: os.environ.get(name) for name in variables}
+    for name, value in variables.items():
+        _set_variable(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            _set_variable(name, value)
+
+
+def _set_variable(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Bind Ray's servers to 127.0.0.1.
+
+    Ray 2.60 turns any loopback address it is given into the node's own and then listens on all
+    interfaces, save where RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, which it reads when imported.
+    """
+    from ray._private import ray_constants
+
+    name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with environment({name: "0"}):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def forget_token() -> None:
+    """Make Ray read RAY_AUTH_* again; it keeps the token and its mode for the process's life."""
+    from ray import _raylet
+
+    raylet: Any = _raylet  # A compiled module without type stubs.
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no further message"

@@ -1,0 +1,500 @@
+"""Directories that are either whole or absent, and files that are never half written.
+
+`commit` writes into `.tmp-<attempt>-<name>/`, fsyncs every file, adds `manifest.json` (size and
+sha256 of each file, and a checksum of itself), fsyncs, asks whether the attempt has been fenced
+off, renames to the final name and fsyncs the parent. A crash at any point leaves either no new
+directory or a whole one; earlier directories are not touched. `verify` proves a directory to be
+what was written.
+
+Names with a leading dot belong to this module: `.tmp-*` is unfinished, `.old-*` was being
+replaced, `.broken-*` is quarantined, `.lock` and `.lock-owner` say who is at work.
+
+What is covered: local and mounted directories on which rename, fsync and flock do what POSIX says.
+What is not covered: object stores, and a fenced attempt that is suspended for the instant between
+its fence check and its rename (it could still publish one directory, a whole and verified one).
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self, TypeAlias, cast
+
+from filelock import FileLock
+from filelock import Timeout as LockTimeout
+
+from cluster.errors import ConfigError, LorayError, ResourceError, RunInUseError, StorageError
+
+JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
+"""What `manifest.json` can hold."""
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_MAX_MANIFEST_BYTES = 16 << 20
+_LOCK_TIMEOUT_S = 30.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileEntry:
+    """What one committed file must look like."""
+
+    size_bytes: int
+    """Length of the file."""
+    sha256: str
+    """Hex digest of its bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a committed directory holds."""
+
+    files: Mapping[str, FileEntry]
+    """Path relative to the directory, with `/`, -> its size and digest."""
+    info: Mapping[str, JSON]
+    """What the writer said about the content."""
+    checksum: str
+    """Hex sha256 over files and info."""
+
+
+def commit(
+    final: Path,
+    write: Callable[[Path], None],
+    *,
+    attempt: str,
+    info: Mapping[str, JSON] | None = None,
+    is_fenced: Callable[[], bool] | None = None,
+    replace: bool = False,
+) -> Manifest:
+    """Create directory `final` in one step out of what `write(directory)` puts into it.
+
+    `attempt` tells concurrent writers apart; `is_fenced` is asked last and stops the commit when
+    true. With `replace`, an existing `final` is moved to `.old-<name>` just before the rename and
+    removed after it; a crash between the two leaves `.old-<name>`, which `clean_leftovers` puts
+    back. Raises StorageError where `final` exists and replace is false, where the attempt is
+    fenced off, on a full disk and on any other I/O error; whatever `write` raises besides comes
+    through. The temporary directory is gone in every one of these cases.
+    """
+    assert attempt.replace("-", "").isalnum(), f"attempt {attempt!r}"
+    entries = dict(info or {})
+    _encode({}, entries, where=final)
+    temporary = final.parent / f".tmp-{attempt}-{final.name}"
+    try:
+        if final.exists() and not replace:
+            raise StorageError(
+                f"{final} exists already; committed directories are never overwritten. "
+                "Choose another name, or remove it if it is not needed"
+            )
+        _make_directory(final.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        write(temporary)
+        manifest = _seal(temporary, entries)
+        if is_fenced is not None and is_fenced():
+            raise StorageError(
+                f"{final} was not committed: attempt {attempt} has been superseded by a newer "
+                "attempt of the same run, which goes on in its place. Nothing to do here"
+            )
+        _publish(temporary, final)
+        return manifest
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, Exception):
+            _raise_explained(error, final)
+        raise
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a committed directory, its own checksum checked; files are not looked at.
+
+    Raises StorageError where it is missing, unreadable or altered.
+    """
+    path = directory / MANIFEST
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(_MAX_MANIFEST_BYTES + 1)
+    except FileNotFoundError:
+        raise StorageError(f"{directory} has no {MANIFEST}: it was never committed") from None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read ({error})") from None
+    if len(data) > _MAX_MANIFEST_BYTES:
+        raise StorageError(f"{path} is larger than {_MAX_MANIFEST_BYTES} bytes: not a manifest")
+    try:
+        tree = json.loads(data, parse_constant=_refuse_constant)
+        files = {
+            name: FileEntry(size_bytes=entry["size_bytes"], sha256=entry["sha256"])
+            for name, entry in tree["files"].items()
+        }
+        manifest = Manifest(files=files, info=dict(tree["info"]), checksum=tree["checksum"])
+        rendered = _encode(files, manifest.info, where=directory)[0]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise StorageError(f"{path} is not a manifest: truncated or altered") from None
+    if rendered != data:
+        raise StorageError(f"{path} does not match its own checksum: altered after it was written")
+    for name in files:
+        _inside(directory, name)
+    return manifest
+
+
+def verify(directory: Path) -> Manifest:
+    """Read every file of a committed directory and compare it with the manifest.
+
+    Raises StorageError naming the first file that is missing, extra (names with a leading dot are
+    ignored), truncated, altered or not a plain file.
+    """
+    manifest = read_manifest(directory)
+    try:
+        present = {name: path for name, path in _walk(directory) if name != MANIFEST}
+        for name, entry in manifest.files.items():
+            path = present.pop(name, None)
+            if path is None:
+                raise StorageError(f"{directory}: {name} is missing")
+            if path.is_symlink() or not path.is_file():
+                raise StorageError(f"{directory}: {name} is not a plain file any more")
+            size_bytes = path.stat().st_size
+            if size_bytes != entry.size_bytes:
+                raise StorageError(
+                    f"{directory}: {name} is truncated or grown: {size_bytes} bytes, "
+                    f"{entry.size_bytes} were written"
+                )
+            if _digest(path) != entry.sha256:
+                raise StorageError(
+                    f"{directory}: {name} is altered: its sha256 differs from what was written"
+                )
+        for name in present:
+            if not any(part.startswith(".") for part in name.split("/")):
+                raise StorageError(f"{directory}: {name} is extra: it was not committed with it")
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{directory} cannot be read ({error})") from None
+    return manifest
+
+
+def quarantine(directory: Path, reason: str) -> Path:
+    """Rename a broken directory to `.broken-<name>-<n>` beside it and return that path.
+
+    The reason is written into it as reason.txt. Raises StorageError where it cannot be renamed.
+    """
+    number = 1
+    while (target := directory.parent / f".broken-{directory.name}-{number}").exists():
+        number += 1
+    try:
+        os.rename(directory, target)
+        _fsync(directory.parent)
+    except OSError as error:
+        raise StorageError(
+            f"{directory} is broken ({reason}) and cannot be moved aside ({error}); move it by hand"
+        ) from None
+    _log.warning("quarantined=%s moved_to=%s reason=%r", directory, target, reason)
+    try:
+        write_file(target / "reason.txt", f"{reason}\n".encode())
+    except StorageError as error:  # A full disk must not stop the fall-back to an older directory.
+        _log.warning("reason_not_written=%s error=%r", target, str(error))
+    return target
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Create or replace a file in one step: afterwards it holds all of `data`, or what it held.
+
+    Raises StorageError on a full disk and any other I/O error.
+    """
+    temporary = path.parent / f".tmp-{uuid.uuid4().hex[:12]}-{path.name}"
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, Exception):
+            _raise_explained(error, path)
+        raise
+
+
+def clean_leftovers(directory: Path) -> list[Path]:
+    """Remove what crashed writers left in a directory, put back what they were replacing.
+
+    Returns the paths that were removed or put back. Call it only as the owner of the run: it
+    would also remove what a live writer is working on.
+    """
+    touched: list[Path] = []
+    for path in sorted(directory.glob(".tmp-*")):
+        _remove(path)
+        touched.append(path)
+    for path in sorted(directory.glob(".old-*")):
+        final = directory / path.name.removeprefix(".old-")
+        if final.exists():
+            _remove(path)
+        else:
+            os.rename(path, final)
+            _fsync(directory)
+        touched.append(path)
+    return touched
+
+
+def require_free(directory: Path, num_bytes: int, *, purpose: str) -> None:
+    """Raise ResourceError where the file system of `directory` has less than `num_bytes` free."""
+    free_bytes = _free_bytes(directory)
+    if free_bytes < num_bytes:
+        raise ResourceError(
+            f"{purpose} needs {_human(num_bytes)} ({num_bytes} bytes) in {directory}, which has "
+            f"{_human(free_bytes)} ({free_bytes} bytes) free; free {_human(num_bytes - free_bytes)}"
+            " there, or choose another directory"
+        )
+
+
+def join(root: Path, name: str) -> Path:
+    """`root / name` for a relative name that stays inside root, links resolved.
+
+    Raises ConfigError for an empty or absolute name, `..`, `.`, a backslash, a control character,
+    or a symbolic link that leads out.
+    """
+    parts = name.split("/")
+    is_plain = name.isprintable() and "\\" not in name
+    if not is_plain or any(part in ("", ".", "..") for part in parts):
+        raise ConfigError(
+            f"name {name!r} is not usable below {root}; allowed: a relative path without '..', "
+            "'.', empty parts, backslashes or control characters"
+        )
+    path = root / name
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ConfigError(f"name {name!r} leads out of {root} through a link; name a path inside")
+    return path
+
+
+class RunLock:
+    """The right to work in a run directory, held by one process at a time: `with RunLock(run):`.
+
+    It is a lock of the operating system (flock on `<run>/.lock`), which ends with its process,
+    however that ends. `<run>/.lock-owner` only tells people who holds it. Entering raises
+    RunInUseError, at once, where another owner is alive, and StorageError where the file system
+    has no flock (mount NFS as version 4, Lustre with `-o flock`).
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._owner = run_dir / ".lock-owner"
+        # Without flock, filelock would use a marker file, which survives a killed owner.
+        self._lock = FileLock(run_dir / ".lock", blocking=False, fallback_to_soft=False)
+
+    def __enter__(self) -> Self:
+        _make_directory(self._run_dir)
+        try:
+            self._lock.acquire()
+        except LockTimeout:
+            raise RunInUseError(
+                f"{self._run_dir} is in use by {self._describe_owner()}; wait until it ends or "
+                "stop it, or choose another name for this run"
+            ) from None
+        except OSError as error:
+            raise StorageError(
+                f"{self._run_dir / '.lock'} cannot be locked ({error}); use a file system with "
+                "flock (local, NFS 4, Lustre with -o flock) that you may write to"
+            ) from None
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+        try:
+            write_file(self._owner, json.dumps(owner).encode())
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._owner.unlink(missing_ok=True)
+        self._lock.release()
+
+    def _describe_owner(self) -> str:
+        try:
+            owner = json.loads(self._owner.read_bytes())
+            return f"process {owner['pid']} on {owner['host']}, which started {owner['started']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another process"
+
+
+def next_attempt(run_dir: Path) -> int:
+    """Start a new attempt of a run: increment `<run>/attempt` and return it, 1 for the first.
+
+    From then on every earlier attempt is fenced off. Raises StorageError where the file cannot be
+    read or written, or another process holds its lock for 30 s.
+    """
+    _make_directory(run_dir)
+    lock = FileLock(run_dir / ".attempt.lock", timeout=_LOCK_TIMEOUT_S)
+    try:
+        with lock:
+            attempt = (_stored_attempt(run_dir) or 0) + 1
+            write_file(run_dir / "attempt", f"{attempt}\n".encode())
+            return attempt
+    except LockTimeout:
+        raise StorageError(
+            f"{run_dir / '.attempt.lock'} is held by another process for {_LOCK_TIMEOUT_S:.0f} s; "
+            "look for a hung process or a hung mount, then try again"
+        ) from None
+
+
+def is_current_attempt(run_dir: Path, attempt: int) -> bool:
+    """Whether no newer attempt of the run was started; False too where the run is gone."""
+    return _stored_attempt(run_dir) == attempt
+
+
+def _stored_attempt(run_dir: Path) -> int | None:
+    path = run_dir / "attempt"
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise StorageError(
+            f"{path} does not hold a number; write into it one that is above every attempt number "
+            f"in {run_dir}"
+        ) from None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read ({error})") from None
+
+
+def _seal(directory: Path, info: Mapping[str, JSON]) -> Manifest:
+    files: dict[str, FileEntry] = {}
+    for name, path in _walk(directory):
+        if path.is_symlink() or not path.is_file():
+            raise StorageError(f"{path} is not a plain file; only plain files can be committed")
+        if name == MANIFEST:
+            raise StorageError(f"{path}: the name {MANIFEST} is reserved; write another")
+        _fsync(path)
+        files[name] = FileEntry(size_bytes=path.stat().st_size, sha256=_digest(path))
+    data, checksum = _encode(files, info, where=directory)
+    with (directory / MANIFEST).open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    for folder, _, _ in os.walk(directory):
+        _fsync(Path(folder))
+    return Manifest(files=files, info=info, checksum=checksum)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    old = final.parent / f".old-{final.name}"
+    if final.exists():
+        _remove(old)
+        os.rename(final, old)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if old.exists():
+            os.rename(old, final)
+        raise
+    _fsync(final.parent)
+    _remove(old)
+
+
+def _encode(
+    files: Mapping[str, FileEntry], info: Mapping[str, JSON], *, where: Path
+) -> tuple[bytes, str]:
+    """The only rendering of a manifest, so that not even its white space can change unseen."""
+    tree: dict[str, object] = {
+        "format": _FORMAT,
+        "files": {name: asdict(entry) for name, entry in files.items()},
+        "info": dict(info),
+    }
+    try:
+        bare = json.dumps(tree, sort_keys=True, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise StorageError(f"{where}: info is not JSON ({error}); give finite numbers") from None
+    tree["checksum"] = hashlib.sha256(bare).hexdigest()
+    text = json.dumps(tree, sort_keys=True, allow_nan=False, indent=2)
+    return f"{text}\n".encode(), cast(str, tree["checksum"])
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _walk(directory: Path) -> Iterator[tuple[str, Path]]:
+    """Everything below a directory that is not a directory itself, sorted by relative name."""
+    for path in sorted(directory.rglob("*")):
+        if path.is_symlink() or not path.is_dir():
+            yield path.relative_to(directory).as_posix(), path
+
+
+def _inside(directory: Path, name: str) -> None:
+    try:
+        join(directory, name)
+    except ConfigError as error:
+        raise StorageError(f"{directory / MANIFEST}: {error}") from None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_directory(directory: Path) -> None:
+    """mkdir -p whose result survives a power cut."""
+    if directory.is_dir():
+        return
+    _make_directory(directory.parent)
+    try:
+        directory.mkdir(exist_ok=True)
+        _fsync(directory.parent)
+    except OSError as error:
+        _raise_explained(error, directory)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _raise_explained(error: Exception, target: Path) -> None:
+    """Raise what an I/O error means for the user; return where it is none."""
+    if isinstance(error, LorayError):
+        return
+    # safetensors 0.8 reports a full disk as SafetensorError, with the system's words in its text.
+    text = str(error)
+    code = error.errno if isinstance(error, OSError) else None
+    words = ("No space left on device", "Disk quota exceeded")
+    if code in (errno.ENOSPC, errno.EDQUOT) or any(word in text for word in words):
+        free_bytes = _free_bytes(target.parent)
+        raise StorageError(
+            f"the disk or quota is full: writing {target} failed with {_human(free_bytes)} "
+            f"({free_bytes} bytes) free in {target.parent}. Nothing half-written was kept and "
+            "everything committed earlier is intact; free space there and start again"
+        ) from error
+    if isinstance(error, OSError):
+        raise StorageError(
+            f"writing {target} failed ({error}). Everything committed earlier is intact; check "
+            "the directory and its permissions, then start again"
+        ) from error
+
+
+def _free_bytes(directory: Path) -> int:
+    while not directory.exists() and directory != directory.parent:
+        directory = directory.parent
+    return shutil.disk_usage(directory).free
+
+
+def _human(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,642 @@
+"""An example -> token ids and labels, by the tokenizer's chat template or a named prompt template.
+
+The whole conversation is rendered once and tokenised once; character offsets say which tokens are
+supervised. Where a turn of the assistant begins follows from the template itself: what it renders
+up to there, generation prompt included, must be the beginning of what it renders in full. A token
+that would straddle that place is split there, so that training sees the very prompt that
+generation gives.
+
+Special tokens written as text (`<|im_end|>`) in system, user and tool turns become ordinary
+tokens, so that data cannot pretend to be the template. In assistant turns and plain text they are
+part of what is learned, and stay special.
+
+Labels are built here and never derived from the pad id. They are not shifted: the loss compares
+position i with label i + 1, so the first label of every example is -100.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal, TypeAlias, cast, overload
+
+import jinja2
+import numpy as np
+import safetensors
+import safetensors.numpy
+import transformers
+from numpy.typing import NDArray
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from cluster import storage
+from cluster.errors import DataError, LorayError, ModelError
+from training import examples
+from training.config import DataConfig
+from training.examples import BadRow, Example, Message, Rows, Source
+
+IGNORE = -100
+"""Label of a token that is not supervised (torch's cross entropy ignores it)."""
+
+Ids: TypeAlias = NDArray[np.int32]
+Mask: TypeAlias = Literal["completion", "all", "last_turn"]
+Template: TypeAlias = Literal["auto", "chat", "alpaca", "plain"]
+Span: TypeAlias = tuple[int, int]
+"""First character, character after the last."""
+
+_MASKED = "\U0010fffd"
+"""Stands for each character of a special token in quoted text; private use, so in no template."""
+_ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."  # noqa: E501
+_ALPACA_INPUT = "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately completes the request."  # noqa: E501
+_CACHE_FORMAT = "1"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Encoded:
+    """One example as tokens."""
+
+    id: str
+    """The example's id."""
+    input_ids: Ids
+    """(L,) token ids, L at least 1."""
+    labels: Ids
+    """(L,) the same ids where supervised, -100 elsewhere and at position 0; not shifted."""
+    is_truncated: bool
+    """Whether tokens beyond max_length were cut off."""
+    has_end: bool
+    """Whether each supervised turn ends in a supervised token that makes the model stop."""
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens that are to be predicted."""
+        return int((self.labels != IGNORE).sum())
+
+
+class _Bad(Exception):
+    """The reason why an example cannot be learned from."""
+
+
+class Encoder:
+    """The way from an example to ids and labels, and from a prompt to ids.
+
+    template: auto is chat where the tokenizer has a chat template, else alpaca.
+    mask: completion is all assistant turns but those of weight 0; last_turn only the last.
+    Raises DataError for a template that this tokenizer cannot do.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: Template = "auto",
+        mask: Mask = "completion",
+        max_length: int = 1024,
+        stop_ids: frozenset[int],
+    ) -> None:
+        has_chat = bool(tokenizer.chat_template)
+        if template == "chat" and not has_chat:
+            raise DataError(
+                "data.template is chat, but the tokenizer has no chat template; "
+                "use alpaca or plain, or auto"
+            )
+        self._tokenizer = tokenizer
+        self.template_name: str = (
+            ("chat" if has_chat else "alpaca") if template == "auto" else template
+        )
+        """chat, alpaca or plain."""
+        self.mask: Mask = mask
+        self.max_length = max_length
+        self.stop_ids = stop_ids
+        self._eos = str(tokenizer.eos_token or "")
+        self._bos = _added_bos(tokenizer)
+        if self.template_name != "chat" and not self._eos:
+            raise DataError(
+                f"template {self.template_name} ends answers with the tokenizer's eos token, but it "
+                "has none; set eos_token in tokenizer_config.json"
+            )
+        added = tokenizer.added_tokens_decoder.values()
+        names = {
+            *tokenizer.all_special_tokens,
+            *(token.content for token in added if token.special),
+        }
+        specials = sorted(names, key=lambda name: (-len(name), name))
+        self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+
+    def key(self) -> dict[str, object]:
+        """Everything but the tokenizer that decides what `encode` gives; plain JSON."""
+        return {
+            "template": self.template_name,
+            "chat_template": self._tokenizer.chat_template,
+            "mask": self.mask,
+            "max_length": self.max_length,
+            "stop_ids": sorted(self.stop_ids),
+        }
+
+    def encode(self, example: Example) -> Encoded:
+        """Token ids and labels. Raises DataError where nothing of the example can be learned."""
+        encoded = self.try_encode(example)
+        if isinstance(encoded, BadRow):
+            raise DataError(f"{encoded.where}: {encoded.reason}")
+        return encoded
+
+    def try_encode(self, example: Example) -> Encoded | BadRow:
+        """Token ids and labels, or why nothing of the example can be learned."""
+        try:
+            return self._encode(example)
+        except _Bad as error:
+            return BadRow(where=example.id, reason=str(error))
+
+    def prompt_ids(self, example: Example) -> list[int]:
+        """What the model is given to answer: all before the last assistant turn (or all turns).
+
+        Raises DataError for plain text, and where the template refuses the turns.
+        """
+        if not example.messages:
+            raise DataError(f"{example.id}: plain text has no prompt; give messages")
+        last = _last_assistant(example.messages)
+        try:
+            messages = example.messages if last is None else example.messages[:last]
+            text = self._render(messages, True)
+            return self._tokenise(text, self._quoted(messages, text, True), ())[0].tolist()
+        except _Bad as error:
+            raise DataError(f"{example.id}: {error}") from None
+
+    def prompt_ids_of_text(self, user_text: str, system: str | None = None) -> list[int]:
+        """What the model is given to answer one user turn. Raises DataError as `prompt_ids`."""
+        spoken = (Message(role="system", content=system),) if system else ()
+        messages = (*spoken, Message(role="user", content=user_text))
+        return self.prompt_ids(Example(id="prompt", messages=messages))
+
+    def reference(self, example: Example) -> str:
+        """The last assistant turn as a decoded answer would read: without special tokens."""
+        last = _last_assistant(example.messages)
+        if last is None:
+            raise DataError(f"{example.id}: no assistant turn to compare an answer with")
+        return self._special.sub("", example.messages[last].content)
+
+    def _encode(self, example: Example) -> Encoded:
+        if example.text is not None:
+            text = f"{self._bos}{example.text}{self._eos}"
+            spans, quoted = [(0, len(text))], ()
+        else:
+            text = self._render(example.messages, False)
+            spans = self._spans(example.messages, text)
+            quoted = self._quoted(example.messages, text, False)
+        ids, starts = self._tokenise(text, quoted, spans)
+        labels = np.full(len(ids), IGNORE, dtype=np.int32)
+        has_end = True
+        for start, stop in spans:
+            first, last = np.searchsorted(starts, (start, stop)).tolist()
+            length = self._through_end(ids[first:last])
+            has_end = has_end and length is not None and first + length <= self.max_length
+            until = last if length is None else first + length
+            labels[first:until] = ids[first:until]
+        if self.mask == "all":
+            labels[:] = ids
+        labels[:1] = IGNORE
+        num_supervised = int((labels != IGNORE).sum())
+        ids, labels = ids[: self.max_length], labels[: self.max_length]
+        if not (labels != IGNORE).any():
+            raise _Bad(
+                f"all {num_supervised} supervised tokens lie beyond max_length {self.max_length}; "
+                "raise data.max_length or shorten the prompt"
+                if num_supervised
+                else "no token is supervised: every assistant turn in question has weight 0"
+            )
+        return Encoded(
+            id=example.id,
+            input_ids=ids,
+            labels=labels,
+            is_truncated=len(starts) > self.max_length,
+            has_end=has_end,
+        )
+
+    def _render(self, messages: Sequence[Message], is_prompt: bool) -> str:
+        """The text of some turns; with is_prompt up to where the assistant's answer begins."""
+        if self.template_name == "alpaca":
+            return self._bos + _alpaca(messages, is_prompt, self._eos)
+        if self.template_name == "plain":
+            return self._bos + _plain(messages, self._eos)
+        turns = [{"role": m.role, "content": m.full_content} for m in messages]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=is_prompt
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, IndexError) as error:
+            roles = ", ".join(message.role for message in messages)
+            raise _Bad(f"the chat template refuses the turns ({roles}): {error}") from None
+        return cast(str, text)
+
+    def _spans(self, messages: Sequence[Message], text: str) -> list[Span]:
+        """Where the supervised turns lie in `text`, which is all messages rendered."""
+        if self.mask == "all":
+            return [(0, len(text))]
+        turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        chosen = turns[-1:] if self.mask == "last_turn" else turns
+        return [self._span(messages, i, text) for i in chosen if messages[i].weight != 0]
+
+    def _span(self, messages: Sequence[Message], turn: int, text: str) -> Span:
+        if turn == 0:
+            raise _Bad(
+                "the first turn is the assistant's, with no prompt before it; "
+                "put a user turn first, or give it weight 0"
+            )
+        head = self._render(messages[:turn], True)
+        whole = self._render(messages[: turn + 1], False) if turn + 1 < len(messages) else text
+        if not text.startswith(whole):
+            raise _Bad(
+                f"the chat template changes turn {turn} once later turns follow it, so it cannot be "
+                "learned in place; set data.mask: last_turn, or give each answer a row of its own"
+            )
+        if not whole.startswith(head):
+            raise _Bad(
+                f"the chat template does not begin turn {turn} with its own generation prompt; "
+                "repair the tokenizer's chat template, or set data.template: alpaca"
+            )
+        return len(head), len(whole)
+
+    def _quoted(self, messages: Sequence[Message], text: str, is_prompt: bool) -> tuple[Span, ...]:
+        """Where special tokens stand in what system, user and tools say."""
+        masked = [
+            message if message.role == "assistant" else self._masked(message)
+            for message in messages
+        ]
+        if masked == list(messages):
+            return ()
+        twin = self._render(masked, is_prompt)
+        runs = [match.span() for match in re.finditer(f"{_MASKED}+", twin)]
+        same = (a == b or b == _MASKED for a, b in zip(text, twin, strict=False))
+        if len(twin) != len(text) or not all(same):
+            raise _Bad("a special token in the text of a turn cannot be told from the template's")
+        return tuple(runs)
+
+    def _masked(self, message: Message) -> Message:
+        content, context = (
+            self._special.sub(lambda match: _MASKED * len(match[0]), part)
+            for part in (message.content, message.context)
+        )
+        return Message(role=message.role, content=content, context=context, weight=message.weight)
+
+    def _tokenise(
+        self, text: str, quoted: Sequence[Span], spans: Sequence[Span]
+    ) -> tuple[Ids, NDArray[np.int64]]:
+        """Ids and the first character of each; no token lies across the start of a span."""
+        cuts = {0, len(text), *(edge for span in quoted for edge in span)}
+        if not self._tokenizer.is_fast:  # No offsets: every span is a piece of its own.
+            cuts.update(edge for span in spans for edge in span)
+        ids, starts, stops = self._pieces(text, sorted(cuts), set(quoted))
+        index = np.searchsorted(starts, [start for start, _ in spans])
+        across = {
+            start
+            for (start, _), i in zip(spans, index.tolist(), strict=True)
+            if i and stops[i - 1] != start
+        }
+        if across - cuts:
+            ids, starts, stops = self._pieces(text, sorted(cuts | across), set(quoted))
+        return ids, starts
+
+    def _pieces(
+        self, text: str, cuts: Sequence[int], quoted: set[Span]
+    ) -> tuple[Ids, NDArray[np.int64], NDArray[np.int64]]:
+        """Ids, first and last + 1 character of each, of the pieces of `text` between the cuts."""
+        ids: list[int] = []
+        offsets: list[Span] = []
+        for start, stop in zip(cuts, cuts[1:], strict=False):
+            entry = self._tokenizer(
+                text[start:stop],
+                add_special_tokens=False,
+                split_special_tokens=any(a <= start and stop <= b for a, b in quoted),
+                return_offsets_mapping=self._tokenizer.is_fast,
+                return_attention_mask=False,
+                verbose=False,
+            )
+            piece = cast(list[int], entry["input_ids"])
+            ids += piece
+            if self._tokenizer.is_fast:
+                where = cast(list[Span], entry["offset_mapping"])
+                offsets += [(start + a, start + b) for a, b in where]
+            else:
+                offsets += [(start, stop)] * len(piece)
+        bounds = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+        return np.array(ids, np.int32), np.maximum.accumulate(bounds[:, 0]), bounds[:, 1]
+
+    def _through_end(self, ids: Ids) -> int | None:
+        """Tokens of a turn through the one that makes the model stop, or None without one.
+
+        After it there may be white space, such as ChatML's newline, which is not learned.
+        """
+        found = np.flatnonzero(np.isin(ids, list(self.stop_ids)))
+        if not len(found):
+            return None
+        length = int(found[-1]) + 1
+        rest = str(self._tokenizer.decode(ids[length:].tolist())) if length < len(ids) else ""
+        return None if rest.strip() else length
+
+
+class TokenSet(Sequence[Encoded]):
+    """Many encoded examples in flat arrays: 8 bytes a token and about 100 an example."""
+
+    def __init__(
+        self, encoded: Iterable[Encoded], *, bad: Sequence[BadRow] = (), num_rows: int | None = None
+    ) -> None:
+        items = list(encoded)
+        nothing = np.zeros(0, np.int32)
+        self.ids = np.concatenate([nothing, *(item.input_ids for item in items)])
+        """(T,) int32, all examples end to end."""
+        self.labels = np.concatenate([nothing, *(item.labels for item in items)])
+        """(T,) int32."""
+        self.offsets = np.cumsum([0, *(len(item.input_ids) for item in items)], dtype=np.int64)
+        """(N + 1,) int64; example i is offsets[i] to offsets[i + 1]."""
+        self.is_truncated = np.array([item.is_truncated for item in items], dtype=np.bool_)
+        """(N,)."""
+        self.has_end = np.array([item.has_end for item in items], dtype=np.bool_)
+        """(N,)."""
+        self.names = [item.id for item in items]
+        """N example ids."""
+        self.bad = tuple(bad)
+        """Rows that were left out."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]
+        start, stop = int(self.offsets[i]), int(self.offsets[i + 1])
+        return Encoded(
+            id=self.names[i],
+            input_ids=self.ids[start:stop],
+            labels=self.labels[start:stop],
+            is_truncated=bool(self.is_truncated[i]),
+            has_end=bool(self.has_end[i]),
+        )
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(N,) tokens of each example."""
+        return np.diff(self.offsets)
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens that are to be predicted, in all examples."""
+        return int((self.labels != IGNORE).sum())
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex sha256 over ids, labels and offsets."""
+        digest = hashlib.sha256()
+        for array in (self.ids, self.labels, self.offsets):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+
+def tokenize(
+    rows: Rows, encoder: Encoder, *, on_bad_row: Literal["error", "skip"] = "error"
+) -> TokenSet:
+    """Encode all examples; with "error", raises DataError where one cannot be learned from."""
+    good: list[Encoded] = []
+    bad = list(rows.bad)
+    for example in rows.examples:
+        encoded = encoder.try_encode(example)
+        if isinstance(encoded, Encoded):
+            good.append(encoded)
+        else:
+            bad.append(encoded)
+    if bad and on_bad_row == "error":
+        raise examples.bad_rows_error(bad, num_rows=len(good) + len(bad))
+    return TokenSet(good, bad=bad)
+
+
+def cache_dir() -> Path:
+    """`$LORAY_CACHE`, or `~/.cache/loray`."""
+    chosen = os.environ.get("LORAY_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "loray"
+
+
+def load(
+    source: Source,
+    *,
+    data: DataConfig,
+    encoder: Encoder,
+    tokenizer_fingerprint: str,
+    cache_dir: Path | None = None,
+) -> TokenSet:
+    """The tokens of a source, out of the cache where it holds them undamaged.
+
+    The cache file is `<cache_dir>/tokens/<key>.safetensors`; the key covers the contents and names
+    of the source, the tokenizer, the encoder's settings and the code. Raises DataError as
+    `examples.read` and `tokenize` do, whether or not the cache was used.
+    """
+    key = {
+        "data": examples.fingerprint(source),
+        "labels": examples.labels(source),
+        "format": data.format,
+        "tokenizer": tokenizer_fingerprint,
+        "encoder": encoder.key(),
+        "code": _code_fingerprint(),
+    }
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    path = (cache_dir or _default_cache_dir()) / "tokens" / f"{name}.safetensors"
+    found = _read_cache(path)
+    if found is not None:
+        if found.bad and data.on_bad_row == "error":
+            raise examples.bad_rows_error(found.bad, num_rows=len(found) + len(found.bad))
+        return found
+    rows = examples.read(source, format=data.format, on_bad_row=data.on_bad_row)
+    tokens = tokenize(rows, encoder, on_bad_row=data.on_bad_row)
+    if len(tokens) and rows.fingerprint == key["data"]:
+        _write_cache(path, tokens)
+    return tokens
+
+
+_default_cache_dir = cache_dir
+
+
+def _write_cache(path: Path, tokens: TokenSet) -> None:
+    about = {"names": tokens.names, "bad": [asdict(row) for row in tokens.bad]}
+    arrays: dict[str, NDArray[np.generic]] = {
+        "ids": tokens.ids,
+        "labels": tokens.labels,
+        "offsets": tokens.offsets,
+        "is_truncated": tokens.is_truncated,
+        "has_end": tokens.has_end,
+        "about": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
+    }
+    metadata = {"format": _CACHE_FORMAT, "sha256": _checksum(arrays)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.write_file(path, safetensors.numpy.save(arrays, metadata))
+    except (LorayError, OSError) as error:  # The next run will be slower, not wrong.
+        _log.warning("token_cache_not_written=%s error=%r", path, str(error))
+
+
+def _read_cache(path: Path) -> TokenSet | None:
+    """The token set in a cache file; None where there is none, or it is not what was written."""
+    if not path.exists():
+        return None
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+        if metadata.get("sha256") != _checksum(arrays):
+            raise ValueError("the checksum does not match")
+        about = json.loads(arrays["about"].tobytes())
+        tokens = TokenSet((), bad=[BadRow(**row) for row in about["bad"]])
+        tokens.ids, tokens.labels = arrays["ids"], arrays["labels"]
+        tokens.offsets, tokens.names = arrays["offsets"], about["names"]
+        tokens.is_truncated, tokens.has_end = arrays["is_truncated"], arrays["has_end"]
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        _log.warning("token_cache_rebuilt=%s reason=%r", path, str(error))
+        return None
+    return tokens
+
+
+def _checksum(arrays: dict[str, NDArray[np.generic]]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+@cache
+def _code_fingerprint() -> str:
+    """Of the code that turns rows into tokens: two of our files, and transformers' version."""
+    digest = hashlib.sha256(f"{_CACHE_FORMAT} {transformers.__version__}".encode())
+    for path in (examples.__file__, __file__):
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()
+
+
+def stop_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_eos: int | list[int] | None
+) -> frozenset[int]:
+    """Ids at which generation stops: the tokenizer's eos and the generation config's."""
+    return frozenset({*_listed(tokenizer.eos_token_id), *_listed(generation_eos)})
+
+
+def choose_pad_id(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None) -> int:
+    """The id that fills rows: the tokenizer's pad token unless it is its eos, else another special
+    token that is not its eos, else eos after all. No token is ever added.
+
+    Nothing depends on the choice but how a row looks: labels are set by position, and padding is
+    masked or behind everything real. `vocab_size` (rows of the embedding) excludes ids beyond it.
+    """
+    eos = tokenizer.eos_token_id
+
+    def is_usable(token_id: object) -> bool:
+        is_inside = vocab_size is None or (isinstance(token_id, int) and token_id < vocab_size)
+        return isinstance(token_id, int) and token_id >= 0 and token_id != eos and is_inside
+
+    if is_usable(tokenizer.pad_token_id):
+        return cast(int, tokenizer.pad_token_id)
+    added = sorted(
+        (token_id, token.content.lower())
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special and is_usable(token_id)
+    )
+    for word in ("pad", "reserved", "unused"):
+        for token_id, content in added:
+            if word in content:
+                return token_id
+    for token_id in (tokenizer.unk_token_id, *(token_id for token_id, _ in added)):
+        if is_usable(token_id):
+            return cast(int, token_id)
+    return cast(int, eos) if isinstance(eos, int) else 0
+
+
+def check_special_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: PretrainedConfig,
+    generation_eos: int | list[int] | None,
+) -> None:
+    """Raise ModelError where tokenizer and model disagree on bos or eos, or an id is out of range.
+
+    The wrong ids of early Llama conversions trained models that never stopped (alpaca-lora #279).
+    An id that is None on either side is no disagreement, nor is an eos that is one of several.
+    """
+    config = model_config.get_text_config()
+    advice = (
+        "use the tokenizer that belongs to this model, or correct config.json or "
+        "tokenizer_config.json, whichever is wrong"
+    )
+    for name, given, known in (
+        ("bos", tokenizer.bos_token_id, _listed(config.bos_token_id)),
+        ("eos", tokenizer.eos_token_id, _listed(config.eos_token_id) + _listed(generation_eos)),
+    ):
+        if given is not None and known and given not in known:
+            wanted = " or ".join(map(str, dict.fromkeys(known)))
+            raise ModelError(
+                f"the tokenizer's {name}_token_id is {given} "
+                f"({tokenizer.convert_ids_to_tokens(given)!r}), the model's is {wanted}; {advice}"
+            )
+    for token_id in sorted(
+        {*stop_ids(tokenizer, generation_eos), *_listed(tokenizer.bos_token_id)}
+    ):
+        if not 0 <= token_id < config.vocab_size:
+            raise ModelError(
+                f"special token id {token_id} is outside the model's vocabulary "
+                f"(0..{config.vocab_size - 1}); {advice}"
+            )
+
+
+def _listed(ids: int | Sequence[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def _added_bos(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The bos token where the tokenizer puts one before every text, else an empty string."""
+    ids = cast(list[int], tokenizer("", return_attention_mask=False)["input_ids"])
+    is_added = bool(ids) and ids[0] == tokenizer.bos_token_id
+    return str(tokenizer.bos_token) if is_added else ""
+
+
+def _last_assistant(messages: Sequence[Message]) -> int | None:
+    turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    return turns[-1] if turns else None
+
+
+def _alpaca(messages: Sequence[Message], is_prompt: bool, eos: str) -> str:
+    """Stanford Alpaca's prompt; a system turn takes the place of its first paragraph.
+
+    Further turns repeat the headings: an extension of ours.
+    """
+    has_input = any(message.context for message in messages)
+    parts = [_ALPACA_INPUT if has_input else _ALPACA]
+    for message in messages:
+        if message.role == "system":
+            parts[0] = message.content
+        elif message.role == "user":
+            parts.append(f"### Instruction:\n{message.content}")
+            parts += [f"### Input:\n{message.context}"] if message.context else []
+        elif message.role == "assistant":
+            parts.append(f"### Response:\n{message.content}{eos}")
+        else:
+            raise _Bad(
+                f"template alpaca has no place for a {message.role} turn; use a chat template"
+            )
+    return "\n\n".join([*parts, "### Response:\n"] if is_prompt else parts)
+
+
+def _plain(messages: Sequence[Message], eos: str) -> str:
+    """Prompt and answer as they are; a blank line between two turns that are no answers."""
+    text = ""
+    is_after_prompt = False
+    for message in messages:
+        is_answer = message.role == "assistant"
+        if is_after_prompt and not is_answer:
+            text += "\n\n"
+        text += f"{message.content}{eos}" if is_answer else message.full_content
+        is_after_prompt = not is_answer
+    return text
