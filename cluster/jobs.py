@@ -98,13 +98,18 @@ def _client(address: str) -> "JobSubmissionClient":
             "http://HOST:8265 or https://HOST"
         )
 
+    logging.getLogger("ray").setLevel(logging.WARNING)  # It announces every upload.
+
     class Client(JobSubmissionClient):
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
             return super()._do_request(method, endpoint, timeout=_REQUEST_TIMEOUT_S, **options)
 
     # Ray 2.60 lets RAY_ADDRESS win over the address that it is given, unless this is set.
     with environment({"RAY_API_SERVER_ADDRESS": address}):
-        return Client(address)
+        client = Client(address)
+    if client._ssl_context is None:  # aiohttp 3.14 warns of Ray's None, which means the same.
+        client._ssl_context = True
+    return client
 
 
 async def _copy_log(client: "JobSubmissionClient", job_id: str) -> None:

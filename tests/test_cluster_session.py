@@ -47,7 +47,7 @@ def test_private_session_is_loopback_only_asks_for_a_token_and_leaves_nothing(
 
     monkeypatch.chdir(tmp_path)
     before = dict(os.environ)
-    with pytest.raises(ValueError, match="ends the block"), session.connect(num_cpus=2) as found:
+    with session.connect(num_cpus=2) as found:
         assert (found.is_private, found.num_cpus, found.num_nodes) == (True, 2, 1)
         assert str(found) == "private Ray on this machine: 1 nodes, 2 CPUs, 0 GPUs"
         token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
@@ -67,26 +67,27 @@ def test_private_session_is_loopback_only_asks_for_a_token_and_leaves_nothing(
         }
         assert listening == {"127.0.0.1"}
         assert any("raylet" in process.name() for process in started)
-        raise ValueError("ends the block")
     assert not ray.is_initialized()
     assert psutil.wait_procs(started, timeout=10)[1] == []
     assert not token.parent.exists()
     assert dict(os.environ) == before
 
 
-INTERRUPTED = """
+DRIVER = """
 import os, sys
 from cluster import session
 with session.connect(num_cpus=1):
     print(os.environ["RAY_AUTH_TOKEN_PATH"], flush=True)
-    sys.stdin.read()
+    if sys.stdin.readline():
+        raise ValueError("ends the block")
 """
 
 
 @pytest.mark.ray
-def test_ctrl_c_stops_the_private_ray(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["exception", "ctrl-c"])
+def test_private_ray_is_gone_after(end: str) -> None:
     driver = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED],
+        [sys.executable, "-c", DRIVER],
         cwd=REPOSITORY,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -98,9 +99,10 @@ def test_ctrl_c_stops_the_private_ray(tmp_path: Path) -> None:
     started = psutil.Process(driver.pid).children(recursive=True)
     assert token.exists()
     assert started
-    driver.send_signal(signal.SIGINT)
-    _, errors = driver.communicate(timeout=60)
-    assert "KeyboardInterrupt" in errors
+    if end == "ctrl-c":
+        driver.send_signal(signal.SIGINT)
+    _, errors = driver.communicate("now\n" if end == "exception" else None, timeout=60)
+    assert ("KeyboardInterrupt" if end == "ctrl-c" else "ends the block") in errors
     assert psutil.wait_procs(started, timeout=10)[1] == []
     assert not token.parent.exists()
 

@@ -1,14 +1,331 @@
 """The loop: exact whatever the batches look like, resumable, and loud when something breaks."""
 
+import json
 from pathlib import Path
 
-from runs import events_of, make_recipe, train
+import numpy as np
+import pytest
+import torch
+from runs import adapter_bytes, events_of, make_recipe, run_dir_of, train
+from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file
+from tiny import ARCHITECTURES, make_base
+
+from cluster import storage
+from cluster.errors import ConfigError, StorageError, TrainingError
+from training import checkpoint, loop
+from training.config import TrainRecipe
 
 
-def test_a_small_run_learns(tmp_path: Path, tiny_base: Path) -> None:
-    recipe = make_recipe(tmp_path, tiny_base, optim={"max_steps": 12})
+def losses(recipe: TrainRecipe) -> list[float]:
+    return [event.number("loss") for event in events_of(recipe, "step")]
+
+
+def weights(recipe: TrainRecipe) -> dict[str, np.ndarray]:
+    return load_file(run_dir_of(recipe) / "adapter" / "adapter_model.safetensors")
+
+
+def furthest(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> float:
+    assert first.keys() == second.keys()
+    return max(float(np.abs(first[name] - second[name]).max()) for name in first)
+
+
+def test_a_small_run_learns_and_reports(tmp_path: Path, tiny_base: Path) -> None:
+    recipe = make_recipe(tmp_path, tiny_base, optim={"max_steps": 20, "learning_rate": 0.1})
     last = train(recipe)
     assert last.kind == "finished"
-    losses = [event.number("loss") for event in events_of(recipe, "step")]
-    assert len(losses) == 12
-    assert losses[-1] < losses[0]
+    values = losses(recipe)
+    assert len(values) == 20
+    assert values[-1] < values[0] - 0.2
+    steps = events_of(recipe, "step")
+    assert last.number("real_tokens") == sum(event.number("real_tokens") for event in steps)
+    assert last.number("final_loss") == values[-1]
+
+
+def test_the_cut_into_micro_batches_changes_nothing(tmp_path: Path, tiny_base: Path) -> None:
+    runs = [
+        make_recipe(tmp_path, tiny_base, name=f"run{tokens}", memory={"micro_batch_tokens": tokens})
+        for tokens in (1, 512)
+    ]
+    for recipe in runs:
+        train(recipe)
+    assert np.allclose(losses(runs[0]), losses(runs[1]), atol=1e-6)
+    assert furthest(weights(runs[0]), weights(runs[1])) < 1e-5
+
+
+def test_packing_gives_the_losses_of_padding(tmp_path: Path, tiny_base: Path) -> None:
+    runs = [
+        make_recipe(tmp_path, tiny_base, name=packing, data={"packing": packing})
+        for packing in ("on", "off")
+    ]
+    for recipe in runs:
+        train(recipe)
+    assert np.allclose(losses(runs[0]), losses(runs[1]), atol=1e-6)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_checkpointing_gives_the_same_gradients(
+    tmp_path: Path, tiny_base: Path, quantization: str
+) -> None:
+    runs = [
+        make_recipe(
+            tmp_path,
+            tiny_base,
+            name=f"run-{setting}",
+            model={"base": str(tiny_base), "quantization": quantization},
+            memory={"gradient_checkpointing": setting},
+            lora={"rank": 4, "dropout": 0.2},
+        )
+        for setting in ("on", "off")
+    ]
+    for recipe in runs:
+        train(recipe)
+    norms = [[e.number("grad_norm") for e in events_of(recipe, "step")] for recipe in runs]
+    assert np.allclose(norms[0], norms[1], rtol=1e-6)
+    assert furthest(weights(runs[0]), weights(runs[1])) < 1e-6
+
+
+def test_the_same_recipe_twice_is_bitwise_the_same(tmp_path: Path, tiny_base: Path) -> None:
+    runs = [make_recipe(tmp_path, tiny_base, name=name) for name in ("a", "b")]
+    for recipe in runs:
+        train(recipe)
+    assert adapter_bytes(runs[0]) == adapter_bytes(runs[1])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "variant", "precision"),
+    [
+        ("adamw", "lora", "fp32"),
+        ("adamw_8bit", "lora", "fp32"),
+        ("adamw", "dora", "fp32"),
+        ("adamw", "rslora", "fp16"),
+    ],
+)
+def test_a_run_stopped_again_and_again_is_bitwise_the_uninterrupted_one(
+    tmp_path: Path, tiny_base: Path, optimizer: str, variant: str, precision: str
+) -> None:
+    settings = {
+        "model": {"base": str(tiny_base), "quantization": "none", "precision": precision},
+        "lora": {"rank": 4, "dropout": 0.1, "variant": variant},
+        "optim": {
+            "learning_rate": 1e-2,
+            "max_steps": 7,
+            "global_batch_size": 5,
+            "optimizer": optimizer,
+            "schedule": "cosine",
+        },
+        "checkpoint": {"every_steps": 3},
+    }
+    whole = make_recipe(tmp_path, tiny_base, name="whole", **settings)
+    train(whole)
+    stopped = make_recipe(tmp_path, tiny_base, name="stopped", **settings)
+    for _ in range(3):
+        run_dir_of(stopped).mkdir(parents=True, exist_ok=True)
+        loop.stop_file(run_dir_of(stopped)).touch()  # stops after one step, with a checkpoint
+        assert train(stopped).fields["was_stopped"]
+    loop.stop_file(run_dir_of(stopped)).unlink()
+    assert not train(stopped).fields["was_stopped"]
+    starts = [event.number("from_step") for event in events_of(stopped, "started")]
+    assert starts == [0, 1, 2, 3]
+    assert adapter_bytes(stopped) == adapter_bytes(whole)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "flip", "remove"])
+def test_a_damaged_checkpoint_is_quarantined_and_the_one_before_used(
+    tmp_path: Path, tiny_base: Path, damage: str
+) -> None:
+    whole = make_recipe(tmp_path, tiny_base, name="whole")
+    train(whole)
+    recipe = make_recipe(tmp_path, tiny_base, name="hurt")
+    train(recipe)
+    newest = checkpoint.directory(run_dir_of(recipe), 6)
+    victim = newest / "optimizer.safetensors"
+    body = victim.read_bytes()
+    if damage == "remove":
+        victim.unlink()
+    else:
+        cut = {"truncate": body[:-7], "empty": b"", "flip": body[:-9] + b"\x7f" + body[-8:]}
+        victim.write_bytes(cut[damage])
+    train(recipe)
+    assert events_of(recipe, "started")[-1].number("from_step") == 4
+    (warning,) = events_of(recipe, "warning")
+    assert "step-000006" in warning.text("message")
+    assert (run_dir_of(recipe) / "checkpoints").glob(".broken-*")
+    assert adapter_bytes(recipe) == adapter_bytes(whole)
+
+
+def test_a_full_disk_keeps_earlier_checkpoints(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_base)
+    real = checkpoint.save_file
+
+    def full(tensors: dict[str, torch.Tensor], path: Path, **options: object) -> None:
+        if "000004" in str(path) and path.name == "optimizer.safetensors":
+            raise OSError(28, "No space left on device")
+        real(tensors, path, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(StorageError, match=r"(?i)free"):
+        train(recipe)
+    assert events_of(recipe)[-1].kind == "failed"
+    found = checkpoint.find_latest_valid(run_dir_of(recipe))
+    assert found is not None
+    assert found.name == "step-000002"
+    monkeypatch.undo()
+    assert train(recipe).kind == "finished"
+
+
+def test_fp16_really_is_half_precision_and_skips_what_overflows(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    half = make_recipe(
+        tmp_path,
+        tiny_base,
+        name="half",
+        model={"base": str(tiny_base), "quantization": "none", "precision": "fp16"},
+        optim={"max_steps": 8},
+    )
+    full = make_recipe(tmp_path, tiny_base, name="full", optim={"max_steps": 8})
+    last = train(half)
+    train(full)
+    state = json.loads(
+        (checkpoint.directory(run_dir_of(half), 8) / "state.json").read_text(encoding="utf-8")
+    )
+    assert state["state"]["scaler"]["scale"] > 1
+    assert losses(half) != losses(full)
+    assert np.allclose(losses(half), losses(full), atol=0.05)
+    skipped = [e for e in events_of(half, "warning") if "overflow" in e.text("message")]
+    assert last.number("skipped_steps") == len(skipped)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_optimiser(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_base)
+    real = loop._accumulate
+
+    def poisoned(job: loop.Job, batch: object, scaler: object, step: int) -> torch.Tensor:
+        loss = real(job, batch, scaler, step)  # pyright: ignore
+        return loss * float("nan") if step == 3 else loss
+
+    monkeypatch.setattr(loop, "_accumulate", poisoned)
+    with pytest.raises(TrainingError, match=r"step 4: loss nan.*train\.jsonl:\d+"):
+        train(recipe)
+    found = checkpoint.find_latest_valid(run_dir_of(recipe))
+    assert found is not None
+    assert found.name == "step-000002"
+
+
+def test_layers_that_do_not_learn_are_named(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_base)
+    real = loop._reduce
+
+    def cut_off(workers: object, parameters: list[torch.Tensor], *rest: torch.Tensor) -> None:
+        for parameter in parameters[2:4]:
+            parameter.grad = None
+        real(workers, parameters, *rest)  # pyright: ignore
+
+    monkeypatch.setattr(loop, "_reduce", cut_off)
+    with pytest.raises(TrainingError, match=r"2 of 28 adapter tensors.*k_proj\.lora_A"):
+        train(recipe)
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_every_architecture_trains_and_every_layer_moves(
+    tmp_path: Path, architecture: str
+) -> None:
+    base = make_base(tmp_path / "base", architecture)
+    recipe = make_recipe(
+        tmp_path,
+        base,
+        model={"base": str(base), "quantization": "int8"},
+        optim={"max_steps": 2, "global_batch_size": 4},
+    )
+    assert train(recipe).kind == "finished"
+    tensors = load_torch(run_dir_of(recipe) / "adapter" / "adapter_model.safetensors")
+    moved = [name for name, tensor in tensors.items() if "lora_B" in name and tensor.any()]
+    assert len(moved) == len(tensors) / 2
+    is_packed = json.loads((run_dir_of(recipe) / "memory.json").read_text())["is_packed"]
+    assert is_packed == (architecture not in ("falcon", "bloom"))
+
+
+def test_the_best_evaluation_becomes_the_adapter_and_patience_ends_the_run(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    recipe = make_recipe(
+        tmp_path,
+        tiny_base,
+        data={"eval": str(tmp_path / "train.jsonl")},
+        optim={"learning_rate": 0.5, "schedule": "constant", "max_steps": 60},
+        evaluation={"every_steps": 2, "early_stopping": 2},
+    )
+    last = train(recipe)
+    evals = {e.number("step"): e.number("loss") for e in events_of(recipe, "eval")}
+    best = min(evals, key=lambda step: evals[step])
+    assert last.number("adapter_step") == best
+    assert last.number("steps") == best + 4
+    manifest = storage.verify(run_dir_of(recipe) / "adapter")
+    assert manifest.info["step"] == best
+
+
+def test_an_old_attempt_cannot_commit(tmp_path: Path, tiny_base: Path) -> None:
+    recipe = make_recipe(tmp_path, tiny_base, checkpoint={"every_steps": 100})
+    run_dir = run_dir_of(recipe)
+    run_dir.mkdir(parents=True)
+    real = checkpoint.save
+
+    def superseded(*args: object, **kwargs: object) -> Path:
+        storage.next_attempt(run_dir)  # another worker has taken the run over meanwhile
+        return real(*args, **kwargs)  # pyright: ignore
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", superseded)
+        with pytest.raises(StorageError, match="superseded"):
+            train(recipe)
+    assert checkpoint.find_latest_valid(run_dir) is None
+
+
+def test_an_adapter_of_zeros_is_not_committed(tmp_path: Path, tiny_base: Path) -> None:
+    recipe = make_recipe(tmp_path, tiny_base)
+    real = checkpoint.write_adapter
+
+    def emptied(model: object, target: Path) -> None:
+        real(model, target)  # pyright: ignore
+        path = target / checkpoint.WEIGHTS
+        save_file({n: torch.zeros_like(t) for n, t in load_torch(path).items()}, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "write_adapter", emptied)
+        with pytest.raises(Exception, match="every lora_B is zero"):
+            train(recipe)
+
+
+def test_old_checkpoints_are_pruned_and_two_are_kept(tmp_path: Path, tiny_base: Path) -> None:
+    recipe = make_recipe(tmp_path, tiny_base, optim={"max_steps": 10})
+    train(recipe)
+    names = sorted(p.name for p in (run_dir_of(recipe) / "checkpoints").iterdir())
+    assert names == ["step-000008", "step-000010"]
+
+
+def test_streaming_sees_what_a_resume_would_see(tmp_path: Path, tiny_base: Path) -> None:
+    whole = make_recipe(tmp_path, tiny_base, name="whole", data={"streaming": True})
+    train(whole)
+    stopped = make_recipe(tmp_path, tiny_base, name="stopped", data={"streaming": True})
+    run_dir_of(stopped).mkdir(parents=True)
+    loop.stop_file(run_dir_of(stopped)).touch()
+    train(stopped)
+    loop.stop_file(run_dir_of(stopped)).unlink()
+    train(stopped)
+    assert adapter_bytes(stopped) == adapter_bytes(whole)
+
+
+def test_target_names_that_match_nothing_list_what_there_is(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_base, lora={"rank": 4, "target_modules": ["q_porj"]})
+    with pytest.raises(ConfigError, match=r"'q_porj' matches no linear layer.*'q_proj'.*v_proj"):
+        train(recipe)
