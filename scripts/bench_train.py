@@ -30,7 +30,7 @@ BATCH = 8
 
 def main() -> None:
     """Run the contenders one after the other and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("data", type=Path, help="prompt/completion rows, or any format we read")
     parser.add_argument("--examples", type=int, default=64, help="rows taken from the data")
     parser.add_argument("--model", default="demo")
@@ -169,7 +169,7 @@ def run_seed(work: Path) -> dict[str, Any]:
     )
 
     body = json.loads((work / "examples.json").read_text())
-    examples = [{**e, "attention_mask": [1] * len(e["input_ids"])} for e in body["examples"]]
+    examples: Any = [{**e, "attention_mask": [1] * len(e["input_ids"])} for e in body["examples"]]
     base = AutoModelForCausalLM.from_pretrained(
         body["base"],
         quantization_config=BitsAndBytesConfig(load_in_8bit=True),
@@ -182,7 +182,7 @@ def run_seed(work: Path) -> dict[str, Any]:
     model.config.use_cache = False
 
     class InOrder(Trainer):
-        def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+        def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
             return SequentialSampler(examples)
 
     collator = DataCollatorForSeq2Seq(
@@ -192,9 +192,7 @@ def run_seed(work: Path) -> dict[str, Any]:
         padding=True,
     )
     arguments = TrainingArguments(per_device_train_batch_size=BATCH, **peer_arguments())
-    trainer = InOrder(
-        model=model, train_dataset=examples, args=arguments, data_collator=collator
-    )
+    trainer = InOrder(model=model, train_dataset=examples, args=arguments, data_collator=collator)
     return run_trainer(trainer, examples)
 
 
@@ -203,7 +201,7 @@ def run_trl(work: Path) -> dict[str, Any]:
     import datasets
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
 
     body = json.loads((work / "examples.json").read_text())
     examples = [

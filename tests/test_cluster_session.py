@@ -35,8 +35,8 @@ def _packages() -> list[str]:
     return [str(module.__file__) for module in (cluster, training, tune_spaces, serving)]
 
 
-def _descendants() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+def _descendants(pid: int | None = None) -> set[psutil.Process]:
+    return set(psutil.Process(pid).children(recursive=True))
 
 
 @pytest.mark.ray
@@ -46,6 +46,7 @@ def test_private_session_is_loopback_only_asks_for_a_token_and_leaves_nothing(
     import ray
 
     monkeypatch.chdir(tmp_path)
+    others = _descendants()
     before = dict(os.environ)
     with session.connect(num_cpus=2) as found:
         assert (found.is_private, found.num_cpus, found.num_nodes) == (True, 2, 1)
@@ -58,7 +59,7 @@ def test_private_session_is_loopback_only_asks_for_a_token_and_leaves_nothing(
         assert _packages() == expected
         assert ray.get(ray.remote(_packages).remote(), timeout=60) == expected
 
-        started = _descendants()
+        started = _descendants() - others
         listening = {
             connection.laddr.ip.removeprefix("::ffff:")
             for process in started
@@ -96,7 +97,7 @@ def test_private_ray_is_gone_after(end: str) -> None:
     )
     assert driver.stdout is not None
     token = Path(driver.stdout.readline().strip())
-    started = psutil.Process(driver.pid).children(recursive=True)
+    started = _descendants(driver.pid)
     assert token.exists()
     assert started
     if end == "ctrl-c":

@@ -235,9 +235,7 @@ def test_layers_that_do_not_learn_are_named(
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
-def test_every_architecture_trains_and_every_layer_moves(
-    tmp_path: Path, architecture: str
-) -> None:
+def test_every_architecture_trains_and_every_layer_moves(tmp_path: Path, architecture: str) -> None:
     base = make_base(tmp_path / "base", architecture)
     recipe = make_recipe(
         tmp_path,

@@ -34,8 +34,8 @@ def gradients(model: PeftModel, ids: torch.Tensor) -> tuple[torch.Tensor, dict[s
     model.zero_grad()
     logits = model(input_ids=ids, use_cache=False).logits
     logits.square().mean().backward()
-    grads = {n: p.grad.clone() for n, p in model_room.trainable(model).items() if p.grad is not None}
-    return logits.detach(), grads
+    trainable = model_room.trainable(model).items()
+    return logits.detach(), {n: p.grad.clone() for n, p in trainable if p.grad is not None}
 
 
 def unpatch(model: PeftModel) -> None:
@@ -62,8 +62,12 @@ def test_one_adapter_is_what_peft_computes(
 
 def test_two_adapters_side_by_side_are_each_alone(tiny_base: Path) -> None:
     model, router = build(tiny_base)
-    model.add_adapter("other", model.peft_config["default"].__class__(
-        task_type="CAUSAL_LM", r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
+    model.add_adapter(
+        "other",
+        model.peft_config["default"].__class__(
+            task_type="CAUSAL_LM", r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"]
+        ),
+    )
     router = routing.attach(model)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(2)
@@ -71,8 +75,9 @@ def test_two_adapters_side_by_side_are_each_alone(tiny_base: Path) -> None:
             if "lora_B.other" in name:
                 parameter.normal_(std=0.1)
     ids = torch.randint(0, 255, (3, 10), generator=torch.Generator().manual_seed(0))
-    with router.use((Span(adapter="default", start=0, stop=10),
-                     Span(adapter="other", start=10, stop=20))):
+    with router.use(
+        (Span(adapter="default", start=0, stop=10), Span(adapter="other", start=10, stop=20))
+    ):
         mixed = model(input_ids=ids, use_cache=False).logits
     with router.use((Span(adapter="default", start=0, stop=10),)):
         first = model(input_ids=ids[:1], use_cache=False).logits

@@ -48,7 +48,7 @@ class SetBatches:
 
 
 class StreamBatches:
-    """Global batches out of a stream, read once from front to back; a resume reads up to its step."""
+    """Global batches out of a stream, read from front to back; a resume reads up to its step."""
 
     def __init__(self, recipe: TrainRecipe, encoder: Encoder) -> None:
         assert recipe.optim.max_steps is not None, "TrainRecipe wants max_steps for a stream"

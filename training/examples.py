@@ -301,14 +301,15 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object] | _Bad]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object] | _Bad]]:
     csv.field_size_limit(_MAX_CSV_FIELD)
+    line = 1
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
-            line = reader.line_num + 1 if reader.fieldnames is None else reader.line_num + 1
+            names = ", ".join(reader.fieldnames or ())
+            line = reader.line_num + 1
             for row in reader:
                 cells = cast(dict[str | None, object], row)
                 if None in cells or None in cells.values():
-                    names = ", ".join(reader.fieldnames or ())
                     yield line, _Bad(f"more or fewer fields than the header has ({names})")
                 else:
                     yield line, cast(Mapping[str, object], row)
@@ -326,8 +327,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object] | _Bad
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
-            for number, row in enumerate(chain.from_iterable(batches), start=1):
-                yield number, row
+            yield from enumerate(chain.from_iterable(batches), start=1)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({error})") from None
 

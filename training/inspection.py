@@ -124,16 +124,16 @@ def refuse(report: DataReport) -> None:
         )
     if report.num_out_of_vocabulary:
         raise DataError(
-            f"{report.num_out_of_vocabulary} tokens are outside the model's vocabulary: the largest "
-            f"id is {report.largest_id}, the model has {report.vocab_size}; "
+            f"{report.num_out_of_vocabulary} tokens are outside the model's vocabulary: the "
+            f"largest id is {report.largest_id}, the model has {report.vocab_size}; "
             "use the tokenizer that belongs to the model"
         )
     whole = report.num_examples - report.num_truncated
     if report.num_without_end > _MAX_WITHOUT_END * whole:
         raise DataError(
-            f"{report.num_without_end} of {whole} examples do not teach the model where to stop: no "
-            "end token is supervised after the answer. The chat template ends turns with a token "
-            "that neither the tokenizer's eos_token nor generation_config.json's eos_token_id "
+            f"{report.num_without_end} of {whole} examples do not teach the model where to stop: "
+            "no end token is supervised after the answer. The chat template ends turns with a "
+            "token that neither the tokenizer's eos_token nor generation_config's eos_token_id "
             "names: add it there, or set data.template: alpaca"
         )
 

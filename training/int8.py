@@ -9,10 +9,11 @@ gradient. Same code on CPU and CUDA.
 T tokens, I input features, O output features.
 """
 
+from typing import Any
+
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 _INT8_MAX = 127.0
@@ -22,16 +23,16 @@ class _Int8Matmul(torch.autograd.Function):
     """`x_TI @ (weight_OI * scale_O).T`, differentiable in x only."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
         ctx.save_for_backward(weight_OI, scale_O)
         if x.dtype == torch.float16:  # an unscaled product leaves the range of fp16
             return F.linear(x, weight_OI.to(x.dtype) * scale_O.to(x.dtype)[:, None])
         return F.linear(x, weight_OI.to(x.dtype)).mul_(scale_O.to(x.dtype))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        weight_OI, scale_O = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grad_outputs
+        weight_OI, scale_O = ctx.saved_tensors
         if grad.dtype == torch.float16:
             return grad @ (weight_OI.to(grad.dtype) * scale_O.to(grad.dtype)[:, None]), None, None
         return (grad * scale_O.to(grad.dtype)) @ weight_OI.to(grad.dtype), None, None
@@ -39,6 +40,8 @@ class _Int8Matmul(torch.autograd.Function):
 
 class Int8Linear(bnb.nn.Linear8bitLt):
     """A quantised `Linear8bitLt` with the exact forward of this module."""
+
+    weight: Any  # Int8Params: a Parameter that carries SCB
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
@@ -51,10 +54,12 @@ class Int8Linear(bnb.nn.Linear8bitLt):
 def adopt(model: nn.Module) -> int:
     """Give every quantised `Linear8bitLt` of a model the forward above; returns how many."""
     count = 0
-    for module in model.modules():
+    modules: Any = model.modules()
+    for module in modules:
         if type(module) is bnb.nn.Linear8bitLt:
-            assert module.weight.dtype == torch.int8, "adopt() wants weights that are quantised"
-            assert module.weight.SCB is not None, "bitsandbytes moved the scale elsewhere"
+            weight: Any = module.weight
+            assert weight.dtype == torch.int8, "adopt() wants weights that are quantised"
+            assert weight.SCB is not None, "bitsandbytes moved the scale elsewhere"
             module.__class__ = Int8Linear
             count += 1
     return count

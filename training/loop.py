@@ -7,6 +7,7 @@ resumed run is bitwise the uninterrupted one on the same kind of machine. A loss
 is not finite is seen before the optimiser moves.
 """
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -67,7 +68,7 @@ class Job:
     """What manifests say about where the adapter comes from."""
     clock: Callable[[], float] = time.perf_counter
 
-    def report(self, kind: str, **fields: object) -> None:
+    def report(self, kind: str, **fields: Any) -> None:
         """Write an event, if this worker is the one that does."""
         if self.events is not None:
             self.events.write(kind, **fields)
@@ -97,6 +98,7 @@ def fit(job: Job) -> State:
     job.report(
         "started",
         attempt=job.attempt,
+        pid=os.getpid(),
         from_step=state.step,
         num_steps=job.batches.num_steps,
         trainable_parameters=sum(p.numel() for p in initial.values()),
@@ -117,10 +119,8 @@ def fit(job: Job) -> State:
 def make_optimizer(model: PeftModel, config: OptimConfig) -> Optimizer:
     """AdamW over the adapter; the learning rate is set at each step."""
     parameters = list(trainable(model).values())
-    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw_8bit":
-        return bnb.optim.AdamW8bit(parameters, **settings)
-    return AdamW(parameters, **settings)
+    kind = bnb.optim.AdamW8bit if config.optimizer == "adamw_8bit" else AdamW
+    return kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
 def check_alive(initial: Mapping[str, Tensor], model: PeftModel) -> None:
@@ -248,7 +248,7 @@ def _accumulate(
     return loss_sum
 
 
-def _reduce(workers: Workers, parameters: list[Tensor], loss: Tensor, stop: Tensor) -> None:
+def _reduce(workers: Workers, parameters: Sequence[Tensor], loss: Tensor, stop: Tensor) -> None:
     """One all-reduce of all gradients, the loss and the wish to stop."""
     for parameter in parameters:
         if parameter.grad is None:  # a worker whose share was empty, or a dead layer

@@ -7,6 +7,7 @@ another order, and a resumed run must be bitwise the uninterrupted one.
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -71,7 +72,7 @@ def decide(
     used = frugal_bytes if is_on else plain_bytes
     if longest_tokens * used > budget:
         raise ResourceError(
-            f"the longest example has {longest_tokens} tokens, {used / 1e6:.2f} MB of activations "
+            f"the longest example has {longest_tokens} tokens, {used / 1e3:.0f} kB of activations "
             f"each (gradient checkpointing {'on' if is_on else 'off'}), but only "
             f"{max(0.0, budget) / 1e9:.2f} GB of {base.device.type} memory may be used. Lower "
             "data.max_length, set memory.gradient_checkpointing: on, or use a larger machine"
@@ -83,7 +84,7 @@ def decide(
     why = "as asked" if setting != "auto" else "does not fit without" if is_on else "fits without"
     note = (
         f"{packing_note}; gradient checkpointing {'on' if is_on else 'off'} ({why}: "
-        f"{used / 1e6:.2f} MB a token, {budget / 1e9:.1f} GB usable); "
+        f"{used / 1e3:.0f} kB a token, {budget / 1e9:.1f} GB usable); "
         f"micro-batches of up to {tokens} tokens"
     )
     return MemoryPlan(
@@ -108,7 +109,7 @@ def store(run_dir: Path, plan: MemoryPlan) -> None:
 
 def set_checkpointing(objective: Objective, *, is_on: bool) -> None:
     """Turn non-reentrant activation checkpointing on or off; the KV cache is off in training."""
-    model = objective.model.get_base_model()
+    model: Any = objective.model.get_base_model()
     model.config.use_cache = False
     if is_on:
         model.activation_checkpointing_enable({"use_reentrant": False})

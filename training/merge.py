@@ -18,6 +18,7 @@ import json
 import math
 import shutil
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,7 @@ def merge(
         "adapter_sha256": _sha256(adapter_dir / adapters.WEIGHTS),
         "merge": figures,
     }
-    storage.commit(out_dir, write, attempt="merge", info=info)
+    storage.commit(out_dir, write, attempt=uuid.uuid4().hex, info=info)
     return MergeReport(
         model_dir=out_dir,
         changed_tensors=_number(figures, "changed_tensors", int),
@@ -221,7 +222,10 @@ class _Target:
 
 def _plan(config: AdapterConfig, base_dir: Path) -> dict[str, _Target]:
     """Checkpoint key -> what happens to it. Raises AdapterError for a layer that has no key."""
-    settings = AutoConfig.from_pretrained(base_dir)
+    try:
+        settings = AutoConfig.from_pretrained(base_dir)
+    except Exception as error:  # transformers raises many kinds
+        raise models.unloadable(str(base_dir), base_dir, error) from error
     if getattr(settings, "quantization_config", None):
         raise ModelError(
             f"{base_dir}: the base is stored quantised, and merging would round twice; name its "

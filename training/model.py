@@ -117,7 +117,7 @@ def load_base(config: ModelConfig, *, device: torch.device) -> Base:
         settings = AutoConfig.from_pretrained(directory, trust_remote_code=remote)
         _drop_dropout(settings)
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=remote)
-        model, problems = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             config=settings,
             dtype=dtype,
@@ -127,6 +127,7 @@ def load_base(config: ModelConfig, *, device: torch.device) -> Base:
             trust_remote_code=remote,
             output_loading_info=True,
         )
+        model, problems = loaded
     except LorayError:
         raise
     except Exception as error:  # transformers raises many kinds for one and the same cause
@@ -290,21 +291,22 @@ def _quantise_subclasses(
 
     It replaces `type(module) is nn.Linear` only, and leaves Falcon's FalconLinear as it is.
     """
+    modules: Any = bnb.nn
     for name in linear_layers(model):
         layer = model.get_submodule(name)
         if not isinstance(layer, nn.Linear) or type(layer).__module__.startswith("bitsandbytes"):
             continue
         has_bias = layer.bias is not None
         if kind == "int8":
-            new = bnb.nn.Linear8bitLt(
+            new = modules.Linear8bitLt(
                 layer.in_features, layer.out_features, has_bias, has_fp16_weights=False
             )
-            weight = bnb.nn.Int8Params(layer.weight.data.cpu(), requires_grad=False)
+            weight = modules.Int8Params(layer.weight.data.cpu(), requires_grad=False)
         else:
-            new = bnb.nn.Linear4bit(
+            new = modules.Linear4bit(
                 layer.in_features, layer.out_features, has_bias, dtype, quant_type="nf4"
             )
-            weight = bnb.nn.Params4bit(
+            weight = modules.Params4bit(
                 layer.weight.data.cpu(), requires_grad=False, quant_type="nf4"
             )
         new.weight, new.bias = weight.to(device), layer.bias

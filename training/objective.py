@@ -11,11 +11,11 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch import Tensor
 from torch.nn import functional as F
 
 from training.packing import MicroBatch
@@ -29,13 +29,13 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         hidden_NH: Tensor,
         weight_VH: Tensor,
         bias_V: Tensor | None,
         target_N: Tensor,
     ) -> Tensor:
-        wants_grad = ctx.needs_input_grad[0]  # pyright: ignore[reportAttributeAccessIssue]
+        wants_grad = ctx.needs_input_grad[0]
         grad_NH = torch.empty_like(hidden_NH, dtype=torch.float32) if wants_grad else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_NH.device)
         for start in range(0, len(target_N), CHUNK):
@@ -48,14 +48,14 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 probs_NV = logits_NV.sub_(norm_N).exp_()
                 probs_NV.scatter_add_(-1, target, torch.full_like(norm_N, -1.0))
                 grad_NH[rows] = (probs_NV.to(weight_VH.dtype) @ weight_VH).float()
-        ctx.grad_NH = grad_NH  # pyright: ignore[reportAttributeAccessIssue]
-        ctx.dtype = hidden_NH.dtype  # pyright: ignore[reportAttributeAccessIssue]
+        ctx.grad_NH = grad_NH
+        ctx.dtype = hidden_NH.dtype
         return total
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return (ctx.grad_NH * grad).to(ctx.dtype), None, None, None  # pyright: ignore[reportAttributeAccessIssue]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = grad_outputs
+        return (ctx.grad_NH * grad).to(ctx.dtype), None, None, None
 
 
 def shifted_targets(batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -91,8 +91,9 @@ class Objective:
         position_N, target_N = shifted_targets(batch)
         if self.uses_bare_head:
             hidden_NH = self._hidden(batch).flatten(0, 1)[position_N]
-            head = self.model.get_base_model().get_output_embeddings()
-            return _FrozenHeadLoss.apply(hidden_NH, head.weight, _bias(head), target_N)  # pyright: ignore[reportReturnType]
+            head: Any = _bare(self.model).get_output_embeddings()
+            loss: Any = _FrozenHeadLoss.apply(hidden_NH, head.weight, head.bias, target_N)
+            return loss
         logits_NV = self.logits(batch).flatten(0, 1)[position_N]
         return F.cross_entropy(logits_NV.float(), target_N, reduction="sum")
 
@@ -101,7 +102,7 @@ class Objective:
         return self.model(**self._inputs(batch), use_cache=False).logits
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
-        backbone = self.model.get_base_model().get_decoder()
+        backbone = _bare(self.model).get_decoder()
         return backbone(**self._inputs(batch), use_cache=False).last_hidden_state
 
     def _inputs(self, batch: MicroBatch) -> dict[str, Tensor]:
@@ -115,7 +116,7 @@ def probe(
     model: PeftModel, batch: MicroBatch, autocast: Callable[[], AbstractContextManager[None]]
 ) -> Objective:
     """Choose the bare head where it gives the model's own loss on `batch`, else its logits."""
-    takes = "position_ids" in inspect.signature(model.get_base_model().forward).parameters
+    takes = "position_ids" in inspect.signature(_bare(model).forward).parameters
     own = Objective(model=model, accepts_position_ids=takes, uses_bare_head=False)
     bare = Objective(model=model, accepts_position_ids=takes, uses_bare_head=True)
     with torch.no_grad(), autocast():
@@ -126,6 +127,6 @@ def probe(
     return bare if fits else own
 
 
-def _bias(head: nn.Module) -> Tensor | None:
-    bias = getattr(head, "bias", None)
-    return bias if isinstance(bias, Tensor) else None
+def _bare(model: PeftModel) -> Any:
+    """The Hugging Face model inside; PEFT types it as any module."""
+    return model.get_base_model()

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from training.tokens import IGNORE, Encoded
 
-_OVERHEAD_TOKENS = 48
-"""What one more micro-batch costs, in tokens (unpacking the int8 weights; 2 CPU cores, 135M)."""
+_OVERHEAD_TOKENS = 128
+"""What one more micro-batch costs, in tokens: between 2 CPU cores with a 135M model (about 50, for
+unpacking the int8 weights) and a GPU (several hundred)."""
 _QUADRATIC_TOKENS = 1536
 """Row length at which attention over the row costs as much as everything else (same machine)."""
 _CAPACITIES = (1.0, 1.5, 2.0, 4.0)
@@ -84,7 +85,7 @@ def plan(
 
     An example longer than the budget gets a row and a micro-batch of its own. Longest first, by
     first-fit-decreasing; out of a few row lengths the cheapest plan is taken, where a token costs
-    1 + L / 1536 and a micro-batch 48. The same input gives the same plan.
+    1 + L / 1536 and a micro-batch 128. The same input gives the same plan.
     """
     assert micro_batch_tokens >= 1, micro_batch_tokens
     lengths = [len(example.input_ids) for example in examples]
@@ -102,7 +103,7 @@ def plan(
 def parity_probe(
     logits_of: Callable[[MicroBatch], Tensor], *, vocab_size: int, pad_id: int
 ) -> float:
-    """Largest difference between logits of packed and of separate sequences, over the largest logit.
+    """Largest difference between packed and separate sequences' logits, over the largest logit.
 
     Four fixed random sequences are packed into two rows, the second of them with padding.
     `logits_of` gives (B, L, V). About 1e-6 in fp32 where packing is exact; 1e-3 and more where a

@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,17 +54,17 @@ class Router:
 def attach(model: PeftModel) -> Router:
     """Replace the forward of the plain LoRA layers of `model`; returns their shared router."""
     router = Router()
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
     for index, layer in enumerate(layers):
-        if layer.lora_variant:
+        if layer.lora_variant:  # DoRA
             continue
-        layer._loray_router = router  # pyright: ignore[reportAttributeAccessIssue]
-        layer._loray_index = index  # pyright: ignore[reportAttributeAccessIssue]
-        layer.forward = MethodType(_forward, layer)  # pyright: ignore[reportAttributeAccessIssue]
+        layer._loray_router = router
+        layer._loray_index = index
+        layer.forward = MethodType(_forward, layer)
     return router
 
 
-def _forward(layer: LoraLayer, x: Tensor) -> Tensor:
+def _forward(layer: Any, x: Tensor) -> Tensor:
     out = layer.base_layer(x)
     names = layer.lora_A.keys()
     if layer.disable_adapters or layer.merged or not names:
@@ -72,7 +72,7 @@ def _forward(layer: LoraLayer, x: Tensor) -> Tensor:
     if out._is_view():  # bitsandbytes' 4-bit output; autograd forbids writing into it
         out = out.clone()
     x = x.to(out.dtype)  # under autocast the base has computed in half precision
-    spans = layer._loray_router.spans  # pyright: ignore[reportAttributeAccessIssue]
+    spans = layer._loray_router.spans
     tokens = x.numel() // x.shape[-1]
     if spans is None:
         groups = [(name, 0, tokens) for name in layer.active_adapters if name in names]
@@ -85,7 +85,8 @@ def _forward(layer: LoraLayer, x: Tensor) -> Tensor:
     for name, _, _ in groups:
         weights += [layer.lora_A[name].weight, layer.lora_B[name].weight]
     plan = [(start, stop, layer.scaling[name]) for name, start, stop in groups]
-    return _RoutedDelta.apply(out, x, plan, *weights)  # pyright: ignore[reportReturnType]
+    routed: Any = _RoutedDelta.apply(out, x, plan, *weights)
+    return routed
 
 
 def _merge_neighbours(spans: list[Span]) -> list[tuple[str, int, int]]:
@@ -99,7 +100,7 @@ def _merge_neighbours(spans: list[Span]) -> list[tuple[str, int, int]]:
     return groups
 
 
-def _drop(layer: LoraLayer, x: Tensor, spans: tuple[Span, ...]) -> Tensor:
+def _drop(layer: Any, x: Tensor, spans: tuple[Span, ...]) -> Tensor:
     rates = {
         name: layer.lora_dropout[name].p
         for name in layer.lora_A
@@ -111,7 +112,7 @@ def _drop(layer: LoraLayer, x: Tensor, spans: tuple[Span, ...]) -> Tensor:
     for span in spans:
         rate = rates.get(span.adapter, 0.0)
         if rate:
-            key = (*span.key, layer._loray_index)  # pyright: ignore[reportAttributeAccessIssue]
+            key = (*span.key, layer._loray_index)
             generator = torch.Generator(device=x.device).manual_seed(_seed(key))
             rows = keep_TI[span.start : span.stop]
             rows.copy_(torch.rand(rows.shape, generator=generator, device=x.device) >= rate)
@@ -133,7 +134,7 @@ class _RoutedDelta(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         out: Tensor,
         x: Tensor,
         plan: list[tuple[int, int, float]],
@@ -147,19 +148,19 @@ class _RoutedDelta(torch.autograd.Function):
             h_TR = x_TI[start:stop] @ A_RI.to(x.dtype).t()
             out_TO[start:stop].addmm_(h_TR, B_OR.to(x.dtype).t(), alpha=scaling)
             hidden.append(h_TR)
-        ctx.plan = plan  # pyright: ignore[reportAttributeAccessIssue]
+        ctx.plan = plan
         ctx.save_for_backward(x, *hidden, *weights)
         ctx.mark_dirty(out)
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        plan = ctx.plan  # pyright: ignore[reportAttributeAccessIssue]
-        x, *rest = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        plan = ctx.plan
+        x, *rest = ctx.saved_tensors
         hidden, weights = rest[: len(plan)], rest[len(plan) :]
         grad_TO, x_TI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        wants_x = ctx.needs_input_grad[1]  # pyright: ignore[reportAttributeAccessIssue]
+        wants_x = ctx.needs_input_grad[1]
         grad_TI = torch.zeros_like(x_TI) if wants_x else None
         weight_grads: list[Tensor | None] = []
         for (start, stop, scaling), h_TR, A_RI, B_OR in zip(

@@ -22,6 +22,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, TypeAlias, cast, overload
 
@@ -106,6 +107,7 @@ class Encoder:
                 "use alpaca or plain, or auto"
             )
         self._tokenizer = tokenizer
+        self._has_offsets = bool(tokenizer.is_fast)
         self.template_name: str = (
             ("chat" if has_chat else "alpaca") if template == "auto" else template
         )
@@ -117,8 +119,8 @@ class Encoder:
         self._bos = _added_bos(tokenizer)
         if self.template_name != "chat" and not self._eos:
             raise DataError(
-                f"template {self.template_name} ends answers with the tokenizer's eos token, but it "
-                "has none; set eos_token in tokenizer_config.json"
+                f"template {self.template_name} ends answers with the tokenizer's eos token, "
+                "but it has none; set eos_token in tokenizer_config.json"
             )
         added = tokenizer.added_tokens_decoder.values()
         names = {
@@ -251,8 +253,8 @@ class Encoder:
         whole = self._render(messages[: turn + 1], False) if turn + 1 < len(messages) else text
         if not text.startswith(whole):
             raise _Bad(
-                f"the chat template changes turn {turn} once later turns follow it, so it cannot be "
-                "learned in place; set data.mask: last_turn, or give each answer a row of its own"
+                f"the chat template changes turn {turn} once later turns follow it, so it cannot "
+                "be learned there; set data.mask: last_turn, or give each answer a row of its own"
             )
         if not whole.startswith(head):
             raise _Bad(
@@ -288,7 +290,7 @@ class Encoder:
     ) -> tuple[Ids, NDArray[np.int64]]:
         """Ids and the first character of each; no token lies across the start of a span."""
         cuts = {0, len(text), *(edge for span in quoted for edge in span)}
-        if not self._tokenizer.is_fast:  # No offsets: every span is a piece of its own.
+        if not self._has_offsets:  # No offsets: every span is a piece of its own.
             cuts.update(edge for span in spans for edge in span)
         ids, starts, stops = self._pieces(text, sorted(cuts), set(quoted))
         index = np.searchsorted(starts, [start for start, _ in spans])
@@ -307,18 +309,18 @@ class Encoder:
         """Ids, first and last + 1 character of each, of the pieces of `text` between the cuts."""
         ids: list[int] = []
         offsets: list[Span] = []
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             entry = self._tokenizer(
                 text[start:stop],
                 add_special_tokens=False,
                 split_special_tokens=any(a <= start and stop <= b for a, b in quoted),
-                return_offsets_mapping=self._tokenizer.is_fast,
+                return_offsets_mapping=self._has_offsets,
                 return_attention_mask=False,
                 verbose=False,
             )
             piece = cast(list[int], entry["input_ids"])
             ids += piece
-            if self._tokenizer.is_fast:
+            if self._has_offsets:
                 where = cast(list[Span], entry["offset_mapping"])
                 offsets += [(start + a, start + b) for a, b in where]
             else:
@@ -488,7 +490,7 @@ def _read_cache(path: Path) -> TokenSet | None:
     try:
         with safetensors.safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            arrays = {name: file.get_tensor(name) for name in list(file.keys())}
         if metadata.get("sha256") != _checksum(arrays):
             raise ValueError("the checksum does not match")
         about = json.loads(arrays["about"].tobytes())
@@ -578,8 +580,7 @@ def check_special_ids(
         if given is not None and known and given not in known:
             wanted = " or ".join(map(str, dict.fromkeys(known)))
             raise ModelError(
-                f"the tokenizer's {name}_token_id is {given} "
-                f"({tokenizer.convert_ids_to_tokens(given)!r}), the model's is {wanted}; {advice}"
+                f"the tokenizer's {name}_token_id is {given}, the model's is {wanted}; {advice}"
             )
     for token_id in sorted(
         {*stop_ids(tokenizer, generation_eos), *_listed(tokenizer.bos_token_id)}
@@ -591,8 +592,10 @@ def check_special_ids(
             )
 
 
-def _listed(ids: int | Sequence[int] | None) -> list[int]:
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+def _listed(ids: object) -> list[int]:
+    """The ids in one, several or none."""
+    several = ids if isinstance(ids, list | tuple) else (ids,)
+    return [token_id for token_id in several if isinstance(token_id, int)]
 
 
 def _added_bos(tokenizer: PreTrainedTokenizerBase) -> str:
