@@ -67,9 +67,10 @@ def follow(job_id: str, *, address: str) -> int:
             return 0
         details = client.get_job_info(job_id)
         what = "was stopped" if status == "STOPPED" else "failed"
-        why = " ".join((details.message or "no reason given").split())
+        # The message goes on with the end of the log, which has just been shown.
+        why = (details.message or "no reason given").partition(", last available logs")[0]
         print(
-            f"job {job_id} {what}: {why[:500]}\n"
+            f"job {job_id} {what}: {' '.join(why.split())[:500]}\n"
             f"whole log: ray job logs --address {address} {job_id}",
             file=sys.stderr,
             flush=True,
@@ -98,7 +99,8 @@ def _client(address: str) -> "JobSubmissionClient":
             "http://HOST:8265 or https://HOST"
         )
 
-    logging.getLogger("ray").setLevel(logging.WARNING)  # It announces every upload.
+    for name in ("job.sdk", "dashboard_sdk"):  # They announce every upload and every socket.
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
 
     class Client(JobSubmissionClient):
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:

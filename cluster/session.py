@@ -224,16 +224,15 @@ def _private(num_cpus: int | None) -> Iterator[None]:
 
 def _init(**options: Any) -> None:
     import ray
-    from ray.exceptions import AuthenticationError
 
     try:
         ray.init(logging_level=logging.WARNING, log_to_driver=False, **options)
-    except AuthenticationError as error:
-        raise ClusterError(
-            f"Ray at {options['address']} refuses this process: {_first_line(error)}. Set "
-            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file with the cluster's token"
-        ) from None
     except (Exception, SystemExit) as error:  # 2.60 ends the process where the GCS goes silent.
+        if any(_is_about_the_token(cause) for cause in _causes(error)):
+            raise ClusterError(
+                f"Ray at {options['address']} refuses this process's token. Set "
+                "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file with the cluster's token"
+            ) from None
         raise ClusterError(
             f"Ray at {options['address']} cannot be started or reached: "
             f"{type(error).__name__}: {_first_line(error)}. Check `ray status` on the head node, "
@@ -300,6 +299,20 @@ def forget_token() -> None:
     raylet: Any = _raylet  # A compiled module without type stubs.
     raylet.Config.initialize("")
     raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_about_the_token(error: BaseException) -> bool:
+    from ray.exceptions import AuthenticationError
+
+    # Ray 2.60 reports a refused token as RpcError, RuntimeError or its own kind, by where it is
+    # noticed; the words are gRPC's.
+    return isinstance(error, AuthenticationError) or "authentic" in str(error).lower()
 
 
 def _first_line(error: BaseException) -> str:

@@ -57,7 +57,8 @@ def local_cluster(*, num_cpus: int = 2) -> Iterator[LocalCluster]:
         *("--object-store-memory=134217728", "--disable-usage-stats"),
     ]
     environment = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    path = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "PATH": path}
     with (directory / "start.log").open("wb") as log:
         head = subprocess.Popen(
             words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=directory

@@ -440,7 +440,9 @@ def _prompt_completion(row: Mapping[str, object]) -> list[Message]:
 
 def _entries(row: Mapping[str, object], key: str) -> Iterator[tuple[str, Mapping[str, object]]]:
     entries = row[key]
-    if not isinstance(entries, list) or not entries:
+    if entries == []:
+        raise _Bad(f"{key} is empty; expected a list of turns")
+    if not isinstance(entries, list):
         raise _Bad(f"{key} is {_kind(entries)}; expected a list of turns")
     for number, entry in enumerate(entries):
         at = f"{key}[{number}]"

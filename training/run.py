@@ -139,8 +139,8 @@ class _Outcome:
         self.error: BaseException | None = None
         self._call = call
         self._scratch = scratch
-        self._thread = threading.Thread(target=self._run, name="ray-train-fit", daemon=True)
-        self._thread.start()
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name="ray-train-fit", daemon=True).start()
 
     def _run(self) -> None:
         try:
@@ -149,11 +149,12 @@ class _Outcome:
             self.error = error
         finally:
             self._scratch.cleanup()
+            self._ended.set()
 
     def is_over(self, timeout_s: float) -> bool:
         """Wait up to `timeout_s`; whether the call has ended."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        # Not Thread.join: interrupted, it takes the thread for stopped (bpo-45274, Python 3.11).
+        return self._ended.wait(timeout_s)
 
 
 def _follow(

@@ -30,8 +30,11 @@ class Bank:
     """Everything one of the two sets is made of; `{n}` is the name, `{p}` the product."""
 
     names: str
+    """Separated by blanks."""
     brands: str
+    """First word of a product, separated by blanks."""
     nouns: str
+    """The rest of it, separated by `|`."""
     openings: tuple[str, ...]
     """Sentences that say who writes, in front of the problem."""
     closings: tuple[str, ...]
@@ -44,6 +47,15 @@ class Bank:
     """Sentences that say nothing; every third message has one."""
 
 
+def _invented(starts: str, ends: str) -> str:
+    """Made-up words: rare spellings teach the model to copy letter by letter."""
+    return " ".join(start + end for start in starts.split() for end in ends.split())
+
+
+def _compound(firsts: str, seconds: str) -> str:
+    return "|".join(f"{first} {second}" for first in firsts.split() for second in seconds.split())
+
+
 TRAIN = Bank(
     names="""Mara Tobias Yuki Priya Declan Ingrid Rafael Noor Felix Amara Stefan Lucia Kwame Elin
     Bruno Saoirse Hamid Greta Mateo Anouk Dmitri Zola Callum Freya Arjun Odette Niklas Imani Marcus
@@ -52,17 +64,29 @@ TRAIN = Bank(
     Otto Paula Quentin Ruth Selma Theo Ursula Victor Wanda Xavier Zoe Abel Britta Conrad Ella
     Agnieszka Zsofia Ximena Thandiwe Oisin
     Bjorn Wiktor Mehmet Chidi Lakshmi Rhiannon Giacomo Svetlana Kofi Ayesha Jerome Simone Ines
-    Philippa Gethin Desmond Marisol Vikram Hester Rosalind Leopold Tatiana Ezra Judith Maurice""",
+    Philippa Gethin Desmond Marisol Vikram Hester Rosalind Leopold Tatiana Ezra Judith Maurice """
+    + _invented(
+        "Al Bren Cor Dal Es Fen Gwen Hal Il Jor Kel Lor Mir Nev Or Per Ro Sel Tar Ver Wil Yal Zen",
+        "ana ico und ette aro iwen ulf ika",
+    ),
     brands="""Cedar Harbor Falcon Nimbus Copper Willow Summit Ember Delta Orchid Granite Comet Maple
     Polar Raven Saffron Tundra Violet Zephyr Anchor Birch Cobalt Drift Echo Fjord Glacier Hazel
-    Indigo Juniper Kestrel Lotus Meadow Onyx Pebble Quartz Ridge Sierra Topaz Velvet Walnut""",
+    Indigo Juniper Kestrel Lotus Meadow Onyx Pebble Quartz Ridge Sierra Topaz Velvet Walnut """
+    + _invented(
+        "Bel Cri Dor Fla Glo Kra Lum Mon Nor Pla Qui Ren Sol Tri Vox Zan",
+        "dex mora tek via lino gard pix ton",
+    ),
     nouns="""kettle|lamp|drill|headphones|backpack|toaster|keyboard|camera|vacuum|tent|printer|
     speaker|blender|watch|heater|monitor|scooter|fan|router|mattress|guitar|jacket|thermostat|
     microphone|stroller|freezer|tablet|doorbell|coffee maker|desk chair|rice cooker|bike lock|
     air purifier|phone case|water filter|garden hose|electric razor|smart plug|baby monitor|
     sewing machine|leaf blower|steam iron|pasta machine|wine cooler|board game|car seat|yoga mat|
     picture frame|night light|shower head|step ladder|paper shredder|wall clock|hand warmer|
-    window cleaner""",
+    window cleaner|"""
+    + _compound(
+        "folding wooden electric travel kitchen steel wireless garden pocket office",
+        "table pan charger radio scale mirror bench clock grill shelf case timer",
+    ),
     openings=(
         "Hi, {n} here.",
         "My name is {n}.",
@@ -471,10 +495,10 @@ HELD_OUT = Bank(
             "I've decided not to buy the {p}, please cancel.",
             "Please stop my {p} order, I do not want it now.",
             "Is it still possible to cancel a {p} ordered last night?",
-            "Forget about the {p}, I don't need one.",
+            "I have no use for the {p}, please cancel my order.",
             "My order of the {p} was a mistake; please delete it.",
-            "Call off the {p}, we bought another.",
-            "I would like to terminate the contract for my {p}.",
+            "Please cancel the {p}, we bought another one.",
+            "I would like to end the contract for my {p}.",
         ),
         "defect": (
             "The {p} is broken.",

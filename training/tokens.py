@@ -3,8 +3,8 @@
 The whole conversation is rendered once and tokenised once; character offsets say which tokens are
 supervised. Where a turn of the assistant begins follows from the template itself: what it renders
 up to there, generation prompt included, must be the beginning of what it renders in full. A token
-that would straddle that place is split there, so that training sees the very prompt that
-generation gives.
+that would straddle that place, or would be another one if nothing followed, is split off there,
+so that training sees the very prompt that generation gives.
 
 Special tokens written as text (`<|im_end|>`) in system, user and tool turns become ordinary
 tokens, so that data cannot pretend to be the template. In assistant turns and plain text they are
@@ -124,7 +124,7 @@ class Encoder:
             )
         added = tokenizer.added_tokens_decoder.values()
         names = {
-            *tokenizer.all_special_tokens,
+            *filter(None, tokenizer.all_special_tokens),
             *(token.content for token in added if token.special),
         }
         specials = sorted(names, key=lambda name: (-len(name), name))
@@ -297,11 +297,24 @@ class Encoder:
         across = {
             start
             for (start, _), i in zip(spans, index.tolist(), strict=True)
-            if i and stops[i - 1] != start
+            if i
+            and (stops[i - 1] != start or self._reads_ahead(text, start, ids[:i], cuts, quoted))
         }
         if across - cuts:
             ids, starts, stops = self._pieces(text, sorted(cuts | across), set(quoted))
         return ids, starts
+
+    def _reads_ahead(
+        self, text: str, start: int, ids: Ids, cuts: set[int], quoted: Sequence[Span]
+    ) -> bool:
+        """Whether `ids`, the tokens before `start`, would be others if nothing followed.
+
+        GPT-2's pattern takes a run of white space whole only where nothing follows it.
+        """
+        if start < 2 or not text[start - 2 : start].isspace():
+            return False
+        before = sorted({start, *(cut for cut in cuts if cut < start)})
+        return not np.array_equal(self._pieces(text, before, set(quoted))[0], ids)
 
     def _pieces(
         self, text: str, cuts: Sequence[int], quoted: set[Span]
@@ -322,7 +335,8 @@ class Encoder:
             ids += piece
             if self._has_offsets:
                 where = cast(list[Span], entry["offset_mapping"])
-                offsets += [(start + a, start + b) for a, b in where]
+                # Trimmed offsets may put a last white-space token behind its piece.
+                offsets += [(min(start + a, stop - 1), start + b) for a, b in where]
             else:
                 offsets += [(start, stop)] * len(piece)
         bounds = np.array(offsets, dtype=np.int64).reshape(-1, 2)
@@ -344,9 +358,7 @@ class Encoder:
 class TokenSet(Sequence[Encoded]):
     """Many encoded examples in flat arrays: 8 bytes a token and about 100 an example."""
 
-    def __init__(
-        self, encoded: Iterable[Encoded], *, bad: Sequence[BadRow] = (), num_rows: int | None = None
-    ) -> None:
+    def __init__(self, encoded: Iterable[Encoded], *, bad: Sequence[BadRow] = ()) -> None:
         items = list(encoded)
         nothing = np.zeros(0, np.int32)
         self.ids = np.concatenate([nothing, *(item.input_ids for item in items)])
@@ -449,7 +461,7 @@ def load(
         "code": _code_fingerprint(),
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    path = (cache_dir or _default_cache_dir()) / "tokens" / f"{name}.safetensors"
+    path = _cache_root(cache_dir) / f"{name}.safetensors"
     found = _read_cache(path)
     if found is not None:
         if found.bad and data.on_bad_row == "error":
@@ -462,7 +474,8 @@ def load(
     return tokens
 
 
-_default_cache_dir = cache_dir
+def _cache_root(directory: Path | None) -> Path:
+    return (directory or cache_dir()) / "tokens"
 
 
 def _write_cache(path: Path, tokens: TokenSet) -> None:
@@ -574,8 +587,12 @@ def check_special_ids(
         "tokenizer_config.json, whichever is wrong"
     )
     for name, given, known in (
-        ("bos", tokenizer.bos_token_id, _listed(config.bos_token_id)),
-        ("eos", tokenizer.eos_token_id, _listed(config.eos_token_id) + _listed(generation_eos)),
+        ("bos", tokenizer.bos_token_id, _listed(getattr(config, "bos_token_id", None))),
+        (
+            "eos",
+            tokenizer.eos_token_id,
+            _listed(getattr(config, "eos_token_id", None)) + _listed(generation_eos),
+        ),
     ):
         if given is not None and known and given not in known:
             wanted = " or ".join(map(str, dict.fromkeys(known)))

@@ -1,0 +1,127 @@
+"""The demo: a 135M model learns to turn a customer's message into a strict JSON ticket.
+
+Trains an 8-bit LoRA adapter through Ray Train, evaluates the untouched base and the adapter on
+held-out rows by generation, merges, proves the merge, and prints what it found and where it lies.
+A second run takes up what the first one left.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from cluster import command, config, storage
+from training import adapter as adapters
+from training import evaluate, examples, merge, run, tokens, view
+from training.config import TrainRecipe
+from training.evaluate import Estimate, Evaluation
+from training.tokens import Encoder
+
+RECIPE = Path("training/recipes/tickets.yaml")
+METRICS = ("json_valid", "exact_match", "rouge_l")
+MAX_NEW_TOKENS = 64
+console = Console()
+
+
+def demo(overrides: list[str]) -> None:
+    """The whole way, from the recipe to the table."""
+    started = time.perf_counter()
+    recipe = config.load(TrainRecipe, RECIPE, overrides)
+    with view.watching(console) as watch:
+        result = run.train(recipe, say=console.print, watch=watch)
+    adapter = Path(result["adapter"])
+    before, after = measure(adapter, recipe)
+    merged = adapter.parent / "merged"
+    if not merged.exists():
+        console.print("merging into the fp16 base, and comparing the logits ...")
+        merge.merge(adapter, merged)
+    parity = storage.verify(merged).info
+    console.print(table(before, after))
+    console.print(
+        f"training   {result['steps']} steps, {result['real_tokens']} tokens, "
+        f"{result['real_tokens_per_s']:.0f} real tokens/s, "
+        f"peak memory {result['peak_rss_bytes'] / 1e9:.1f} GB",
+        f"recipe     {RECIPE}",
+        f"adapter    {adapter}",
+        f"merged     {merged}",
+        f"parity     {json.dumps(parity, default=str)}",
+        f"all of it  {time.perf_counter() - started:.0f} s",
+        "next       .venv/bin/loray generate "
+        f"{adapter} --system {json.dumps(system_message(recipe))} "
+        '"Hi, this is Ada. My Juniper lamp broke after a day. Order 4821."',
+        sep="\n",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def measure(adapter: Path, recipe: TrainRecipe) -> tuple[Evaluation, Evaluation]:
+    """Base and adapter on the held-out rows."""
+    base, model = adapters.load(str(adapter))
+    stops = tokens.stop_ids(base.tokenizer, base.generation_eos)
+    encoder = Encoder(base.tokenizer, stop_ids=stops)
+    assert recipe.data.eval is not None
+    held_out = examples.read(recipe.data.eval).examples
+    found: dict[str, Evaluation] = {}
+    with Progress(console=console) as progress:
+        for name in ("base", "adapter"):
+            bar = progress.add_task(
+                f"answering {len(held_out)} held-out messages: {name}", total=len(held_out)
+            )
+            chosen = model.get_base_model() if name == "base" else model
+            with model.disable_adapter() if name == "base" else base.autocast():
+                found[name] = evaluate.evaluate(
+                    base,
+                    chosen,
+                    held_out,
+                    encoder,
+                    METRICS,
+                    max_new_tokens=MAX_NEW_TOKENS,
+                    on_progress=lambda n, bar=bar: progress.update(bar, completed=n),
+                )
+    return found["base"], found["adapter"]
+
+
+def table(before: Evaluation, after: Evaluation) -> Table:
+    """Base against adapter, in percent with 95 % intervals."""
+    grid = Table(title=f"{len(after.records)} held-out messages, 95 % intervals")
+    for column in ("", "base", "adapter", "gain (paired)"):
+        grid.add_column(column, justify="left" if not column else "right")
+    for metric in METRICS:
+        gain = evaluate.paired(
+            [record.scores[metric] for record in before.records],
+            [record.scores[metric] for record in after.records],
+        )
+        grid.add_row(
+            metric.replace("_", " "),
+            percent(before.metrics[metric]),
+            percent(after.metrics[metric]),
+            percent(gain),
+        )
+    return grid
+
+
+def percent(estimate: Estimate) -> str:
+    """`84 % (71 to 93)`."""
+    value, low, high = (100 * x for x in (estimate.value, estimate.low, estimate.high))
+    return f"{value:.0f} % ({low:.0f} to {high:.0f})"
+
+
+def system_message(recipe: TrainRecipe) -> str:
+    """What every row of the data tells the model first."""
+    assert isinstance(recipe.data.train, str)
+    with Path(recipe.data.train).open(encoding="utf-8") as file:
+        return json.loads(file.readline())["messages"][0]["content"]
+
+
+if __name__ == "__main__":
+    import typer
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(lambda overrides: demo(overrides or []))
+    sys.exit(command.run(app))
