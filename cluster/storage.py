@@ -246,6 +246,12 @@ def clean_leftovers(directory: Path) -> list[Path]:
     return touched
 
 
+def cache_dir() -> Path:
+    """Where what can be made again is kept: `$LORAY_CACHE`, or `~/.cache/loray`."""
+    chosen = os.environ.get("LORAY_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "loray"
+
+
 def require_free(directory: Path, num_bytes: int, *, purpose: str) -> None:
     """Raise ResourceError where the file system of `directory` has less than `num_bytes` free."""
     free_bytes = _free_bytes(directory)

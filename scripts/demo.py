@@ -16,7 +16,7 @@ from rich.table import Table
 
 from cluster import command, config, storage
 from training import adapter as adapters
-from training import evaluate, examples, merge, run, tokens, view
+from training import evaluate, examples, merge, run, special_ids, view
 from training.config import TrainRecipe
 from training.evaluate import Estimate, Evaluation
 from training.tokens import Encoder
@@ -63,7 +63,7 @@ def demo(overrides: list[str]) -> None:
 def measure(adapter: Path, recipe: TrainRecipe) -> tuple[Evaluation, Evaluation]:
     """Base and adapter on the held-out rows."""
     base, model = adapters.load(str(adapter))
-    stops = tokens.stop_ids(base.tokenizer, base.generation_eos)
+    stops = special_ids.stop_ids(base.tokenizer, base.generation_eos)
     encoder = Encoder(base.tokenizer, stop_ids=stops)
     assert recipe.data.eval is not None
     held_out = examples.read(recipe.data.eval).examples

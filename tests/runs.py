@@ -59,9 +59,7 @@ def train(recipe: TrainRecipe) -> Event:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        worker.run(
-            recipe, run_dir, workers=Workers(), device=torch.device("cpu"), workers_here=1
-        )
+        worker.run(recipe, run_dir, workers=Workers(), device=torch.device("cpu"), workers_here=1)
     finally:
         torch.set_num_threads(threads)
     return events_of(recipe)[-1]

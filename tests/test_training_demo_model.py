@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cluster import storage
 from cluster.errors import ModelError, ResourceError
 from training import demo_model
 from training.demo_model import download, extract, install, is_whole
@@ -34,9 +35,9 @@ def test_cache_is_where_the_environment_says(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("LORAY_CACHE", str(tmp_path / "x"))
-    assert demo_model.cache_dir() == tmp_path / "x"
+    assert storage.cache_dir() == tmp_path / "x"
     monkeypatch.delenv("LORAY_CACHE")
-    assert demo_model.cache_dir() == Path.home() / ".cache" / "loray"
+    assert storage.cache_dir() == Path.home() / ".cache" / "loray"
 
 
 def test_model_is_written_once(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_full_disk_is_noticed_before_the_download(
 def real(monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's own copy, which scripts/setup has fetched."""
     monkeypatch.delenv("LORAY_CACHE")
-    directory = demo_model.cache_dir() / "models" / demo_model.NAME
+    directory = storage.cache_dir() / "models" / demo_model.NAME
     if not is_whole(directory):
         pytest.skip("the demo model is not set up; run scripts/setup")
     return directory

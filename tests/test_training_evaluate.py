@@ -12,7 +12,7 @@ from tiny import ARCHITECTURES, make_base
 from cluster.config import plain
 from cluster.errors import ConfigError, DataError
 from training import evaluate as room
-from training import generation, tokens
+from training import generation, special_ids
 from training.config import LoraConfig, ModelConfig
 from training.evaluate import evaluate, mean, paired, score, share
 from training.examples import Example, Message
@@ -44,7 +44,9 @@ def base(tiny_base: Path) -> Base:
 
 @pytest.fixture
 def encoder(base: Base) -> Encoder:
-    return Encoder(base.tokenizer, stop_ids=tokens.stop_ids(base.tokenizer, base.generation_eos))
+    return Encoder(
+        base.tokenizer, stop_ids=special_ids.stop_ids(base.tokenizer, base.generation_eos)
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

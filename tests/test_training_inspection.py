@@ -8,7 +8,9 @@ from tiny import CHATML, byte_tokenizer
 from cluster.errors import DataError
 from training.examples import Example, Message, Rows
 from training.inspection import DataReport, inspect, refuse
-from training.tokens import Encoder, Mask, stop_ids, tokenize
+from training.special_ids import stop_ids
+from training.token_set import tokenize
+from training.tokens import Encoder, Mask
 
 
 def report_on(

@@ -38,9 +38,7 @@ def test_a_row_does_not_depend_on_its_neighbours(layer: bnb.nn.Linear8bitLt) -> 
 def test_no_activation_is_kept_for_the_backward_pass(layer: bnb.nn.Linear8bitLt) -> None:
     int8.adopt(torch.nn.ModuleList([layer]))
     kept: list[torch.Size] = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.append(t.shape) or t, lambda t: t
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         layer(torch.randn(7, 24, requires_grad=True))
     assert torch.Size([7, 24]) not in kept
 

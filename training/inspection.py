@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from cluster.errors import DataError
 from training.examples import BadRow
-from training.tokens import IGNORE, Encoded, Encoder, TokenSet
+from training.token_set import TokenSet
+from training.tokens import IGNORE, Encoded, Encoder
 
 _MAX_WITHOUT_END = 0.01
 """Share of the whole examples whose end may go unlearned."""

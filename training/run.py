@@ -19,7 +19,7 @@ from typing import Any
 
 from cluster import __version__, config, errors, session, storage
 from cluster.errors import ClusterError, ConfigError, LorayError, ResourceError
-from training import dataset, loop, model, strategy, tokens, worker
+from training import dataset, loop, model, special_ids, strategy, worker
 from training.config import TrainRecipe
 from training.dataset import Dataset
 from training.events import Event, EventReader
@@ -95,8 +95,9 @@ def inspect(recipe: TrainRecipe, say: Callable[[str], None]) -> Dataset:
     eos = settings.eos_token_id
     if (directory / "generation_config.json").exists():
         eos = GenerationConfig.from_pretrained(directory).eos_token_id or eos
-    tokens.check_special_ids(tokenizer, settings, eos)
-    data = dataset.load(recipe, tokenizer, eos)
+    special_ids.check_special_ids(tokenizer, settings, eos)
+    vocab_size = settings.get_text_config().vocab_size
+    data = dataset.load(recipe, tokenizer, eos, vocab_size=vocab_size)
     if data.report is not None:
         for line in data.report.lines():
             say(line)

@@ -21,7 +21,7 @@ SEED = 20
 TRAIN_ROWS = 400
 TEST_ROWS = 50
 SYSTEM = (
-    "Reply in JSON: name, product, issue (billing, cancel, defect, delivery, login), order number."
+    "Reply in JSON: name, product, issue (broken, cancel, delivery, login, payment), order number."
 )
 
 
@@ -152,7 +152,7 @@ TRAIN = Bank(
         "So long, {n}",
     ),
     problems={
-        "billing": (
+        "payment": (
             "I was charged twice for the {p}.",
             "The invoice for my {p} shows the wrong amount.",
             "You took more money for the {p} than the price on the page.",
@@ -250,7 +250,7 @@ TRAIN = Bank(
             "There is no need for the {p} any more, stop the order.",
             "I must give up the {p} I ordered.",
         ),
-        "defect": (
+        "broken": (
             "My {p} stopped working.",
             "The {p} will not turn on any more.",
             "The {p} makes a grinding noise and then shuts off.",
@@ -480,7 +480,7 @@ HELD_OUT = Bank(
         "Yours truly, {n}",
     ),
     problems={
-        "billing": (
+        "payment": (
             "I got two bills for a single {p}.",
             "The price you charged for the {p} is too high.",
             "There is a mistake in the invoice for the {p}.",
@@ -500,7 +500,7 @@ HELD_OUT = Bank(
             "Please cancel the {p}, we bought another one.",
             "I would like to end the contract for my {p}.",
         ),
-        "defect": (
+        "broken": (
             "The {p} is broken.",
             "My {p} suddenly died.",
             "The {p} has a big crack.",

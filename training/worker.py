@@ -15,7 +15,7 @@ import torch
 
 from cluster import __version__, config, storage
 from cluster.errors import LorayError, ResourceError
-from training import checkpoint, dataset, loop, memory, model, objective, tokens
+from training import checkpoint, dataset, loop, memory, model, objective, special_ids
 from training.checkpoint import State
 from training.config import TrainRecipe
 from training.events import EventLog
@@ -59,10 +59,10 @@ def _run(
     _require_memory(recipe, device, workers_here)
     base = model.load_base(recipe.model, device=device)
     peft_model, router = model.attach_lora(base, recipe.lora, seed=recipe.optim.seed)
-    data = dataset.load(recipe, base.tokenizer, base.generation_eos)
     vocab_size = base.model.config.get_text_config().vocab_size
-    tokens.check_special_ids(base.tokenizer, base.model.config, base.generation_eos)
-    pad_id = tokens.choose_pad_id(base.tokenizer)
+    data = dataset.load(recipe, base.tokenizer, base.generation_eos, vocab_size=vocab_size)
+    special_ids.check_special_ids(base.tokenizer, base.model.config, base.generation_eos)
+    pad_id = special_ids.choose_pad_id(base.tokenizer, vocab_size=vocab_size)
     chosen = objective.probe(
         peft_model, memory.random_probe(vocab_size, pad_id).to(device), base.autocast
     )
@@ -90,7 +90,7 @@ def _run(
         memory=plan,
         workers=workers,
         events=events,
-        info=provenance(recipe, base, data.fingerprint),
+        info=provenance(recipe, base, data),
     )
     state = loop.fit(job)
     if workers.is_first:
@@ -99,7 +99,7 @@ def _run(
     workers.wait()
 
 
-def provenance(recipe: TrainRecipe, base: Base, data_fingerprint: str) -> dict[str, Any]:
+def provenance(recipe: TrainRecipe, base: Base, data: dataset.Dataset) -> dict[str, Any]:
     """What an adapter's manifest says of where it comes from."""
     body = json.dumps(config.plain(recipe), sort_keys=True)
     return {
@@ -110,7 +110,10 @@ def provenance(recipe: TrainRecipe, base: Base, data_fingerprint: str) -> dict[s
         "quantization": base.quantization,
         "precision": base.precision,
         "recipe_sha256": hashlib.sha256(body.encode()).hexdigest(),
-        "data_fingerprint": data_fingerprint,
+        "data_fingerprint": data.fingerprint,
+        "template": data.encoder.template_name,
+        "mask": data.encoder.mask,
+        "max_length": data.encoder.max_length,
     }
 
 
