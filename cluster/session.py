@@ -29,7 +29,7 @@ PACKAGES = tuple(REPOSITORY / name for name in ("cluster", "training", "tune_spa
 _PROBE_TIMEOUT_S = 5.0
 _OBJECT_STORE_BYTES = 128 << 20
 _MAX_TEMPORARY_ROOT = 24
-"""Ray adds up to 75 characters for its sockets, whose paths may have 107 bytes."""
+"""We and Ray add up to 80 bytes for sockets, whose paths may have 107."""
 
 _log = logging.getLogger(__name__)
 
@@ -123,6 +123,7 @@ def _existing(address: str) -> Iterator[None]:
 
     bootstrap = _bootstrap_address(address)
     _probe(bootstrap, given=address)
+    _show_token(bootstrap)
     # A job's own runtime_env already brings the packages; elsewhere they are uploaded.
     is_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     runtime_env = None if is_job else {"py_modules": [str(path) for path in PACKAGES]}
@@ -182,6 +183,25 @@ def _probe(address: str, *, given: str) -> None:
     )
 
 
+def _show_token(address: str) -> None:
+    """Be refused at once: ray.init (2.60) would offer a wrong token for 20 s."""
+    from ray import _raylet
+
+    raylet: Any = _raylet  # A compiled module without type stubs.
+    try:
+        raylet.GcsClient(address=address)
+    except Exception as error:
+        if "authentic" not in f"{type(error).__name__} {error}".lower():
+            raise ClusterError(
+                f"Ray at {address} cannot be used: {_first_line(error)}. Check `ray status` on "
+                "the head node, and that both sides run the same Ray"
+            ) from error
+        raise ClusterError(
+            f"Ray at {address} refuses this process's token. Set RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN_PATH to the file with the cluster's token"
+        ) from None
+
+
 @contextmanager
 def _private(num_cpus: int | None) -> Iterator[None]:
     """A Ray for this process alone. Nothing is left of it: no process, no file, no setting."""
@@ -212,7 +232,7 @@ def _private(num_cpus: int | None) -> Iterator[None]:
                     num_cpus=num_cpus,
                     include_dashboard=False,
                     object_store_memory=_OBJECT_STORE_BYTES,
-                    _temp_dir=str(directory),
+                    _temp_dir=str(directory / "r"),  # Ray 2.60 opens it to everybody.
                 )
                 yield
             finally:
@@ -228,11 +248,6 @@ def _init(**options: Any) -> None:
     try:
         ray.init(logging_level=logging.WARNING, log_to_driver=False, **options)
     except (Exception, SystemExit) as error:  # 2.60 ends the process where the GCS goes silent.
-        if any(_is_about_the_token(cause) for cause in _causes(error)):
-            raise ClusterError(
-                f"Ray at {options['address']} refuses this process's token. Set "
-                "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file with the cluster's token"
-            ) from None
         raise ClusterError(
             f"Ray at {options['address']} cannot be started or reached: "
             f"{type(error).__name__}: {_first_line(error)}. Check `ray status` on the head node, "
@@ -299,20 +314,6 @@ def forget_token() -> None:
     raylet: Any = _raylet  # A compiled module without type stubs.
     raylet.Config.initialize("")
     raylet.AuthenticationTokenLoader.instance().reset_cache()
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _is_about_the_token(error: BaseException) -> bool:
-    from ray.exceptions import AuthenticationError
-
-    # Ray 2.60 reports a refused token as RpcError, RuntimeError or its own kind, by where it is
-    # noticed; the words are gRPC's.
-    return isinstance(error, AuthenticationError) or "authentic" in str(error).lower()
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import yaml
+from local_cluster import local_cluster
 from runs import adapter_bytes, events_of, make_recipe, run_dir_of, train
 
 from cluster import config, storage
@@ -25,9 +26,12 @@ def write_recipe(recipe: TrainRecipe, path: Path) -> Path:
     return path
 
 
-def start(words: Sequence[str], cwd: Path) -> "subprocess.Popen[str]":
+def start(
+    words: Sequence[str], cwd: Path, extra: Mapping[str, str] | None = None
+) -> "subprocess.Popen[str]":
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     environment.pop("RAY_ADDRESS", None)
+    environment |= extra or {}
     return subprocess.Popen(
         [sys.executable, "-m", *words],
         cwd=cwd,
@@ -48,8 +52,10 @@ def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def call(words: Sequence[str], cwd: Path) -> tuple[int, str, str]:
-    return finish(start(words, cwd))
+def call(
+    words: Sequence[str], cwd: Path, extra: Mapping[str, str] | None = None
+) -> tuple[int, str, str]:
+    return finish(start(words, cwd, extra))
 
 
 def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
@@ -82,6 +88,38 @@ def test_the_doors_train_the_same_adapter_as_the_bare_loop(tmp_path: Path, tiny_
     again = call(["training", path.name, "--json"], tmp_path)
     assert again[0] == 0
     assert "nothing to train" in again[2]
+
+
+@pytest.mark.ray
+def test_ray_jobs_train_the_same_adapter_as_the_bare_loop(tmp_path: Path, tiny_base: Path) -> None:
+    alone = make_recipe(tmp_path, tiny_base, name="alone", scale={"cpus_per_worker": 1})
+    train(alone)
+    recipes = {
+        name: make_recipe(tmp_path, tiny_base, name=name, scale={"cpus_per_worker": 1})
+        for name in ("job", "submit", "wrong")
+    }
+    paths = {
+        name: str(write_recipe(recipe, tmp_path / f"{name}.yaml"))
+        for name, recipe in recipes.items()
+    }
+    with local_cluster() as cluster:
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": cluster.token}
+        address = ["--address", cluster.jobs_address]
+        ray = ["ray.scripts.scripts", "job", "submit", *address, "--working-dir", "."]
+        words = [*ray, "--", "python", "-m", "training", paths["job"], "--json"]
+        status, out, err = call(words, ROOT, token)
+        assert status == 0, out + err
+        assert '"run_dir"' in out
+        words = ["loray", "train", "--submit", *address, paths["submit"], "--json"]
+        status, out, err = call(words, tmp_path, token)
+        assert status == 0, out + err
+        assert json.loads(out.strip().splitlines()[-1])["steps"] == 6
+        words = ["loray", "train", "--submit", *address, paths["wrong"], "model.base=./nowhere"]
+        status, out, err = call(words, tmp_path, token)
+        assert status == 1, out + err
+        assert "no such directory" in out
+    for name in ("job", "submit"):
+        assert adapter_bytes(recipes[name]) == adapter_bytes(alone)
 
 
 @pytest.mark.ray

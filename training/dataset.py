@@ -1,15 +1,20 @@
 """A recipe's examples as tokens, in the order in which they are trained."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from training import inspection, sampler, special_ids, token_set
+from training import examples, inspection, sampler, special_ids, token_set
 from training.config import TrainRecipe
+from training.examples import BadRow, Example, Rows
 from training.model import tokenizer_fingerprint
 from training.token_set import TokenSet
 from training.tokens import Encoded, Encoder
+
+_HEAD_ROWS = 512
+"""Rows of a stream that are looked at before training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +25,8 @@ class Dataset:
     train: TokenSet | None
     """None for a stream, which is never whole in memory."""
     eval: TokenSet | None
-    report: inspection.DataReport | None
+    report: inspection.DataReport
+    """Of all training examples, or of the first rows of a stream."""
 
     @property
     def fingerprint(self) -> str:
@@ -100,15 +106,26 @@ def load(
     vocab_size: rows of the model's embedding. Raises DataError for data that cannot be trained on.
     """
     encoder = make_encoder(recipe, tokenizer, generation_eos)
-    if recipe.data.streaming:
-        held_out = _load(recipe, recipe.data.eval, encoder, tokenizer)
-        return Dataset(encoder=encoder, train=None, eval=held_out, report=None)
-    train = _load(recipe, recipe.data.train, encoder, tokenizer)
-    assert train is not None
-    report = inspection.inspect(train, encoder, tokenizer, vocab_size=vocab_size)
+    is_stream = recipe.data.streaming
+    train = None if is_stream else _load(recipe, recipe.data.train, encoder, tokenizer)
+    shown = train if train is not None else _head(recipe, encoder)
+    report = inspection.inspect(shown, encoder, tokenizer, vocab_size=vocab_size)
     inspection.refuse(report)
     held_out = _load(recipe, recipe.data.eval, encoder, tokenizer)
     return Dataset(encoder=encoder, train=train, eval=held_out, report=report)
+
+
+def _head(recipe: TrainRecipe, encoder: Encoder) -> TokenSet:
+    """The first rows of a stream, to look at before training."""
+    stream = examples.stream(recipe.data.train, format=recipe.data.format)
+    rows = list(itertools.islice(stream, _HEAD_ROWS))
+    good = tuple(row for row in rows if isinstance(row, Example))
+    bad = tuple(row for row in rows if isinstance(row, BadRow))
+    if bad and recipe.data.on_bad_row == "error":
+        raise examples.bad_rows_error(bad, num_rows=len(rows))
+    return token_set.tokenize(
+        Rows(examples=good, bad=bad, fingerprint=""), encoder, on_bad_row=recipe.data.on_bad_row
+    )
 
 
 def _load(

@@ -19,7 +19,7 @@ from typing import Any
 
 from cluster import __version__, config, errors, session, storage
 from cluster.errors import ClusterError, ConfigError, LorayError, ResourceError
-from training import dataset, loop, model, special_ids, strategy, worker
+from training import dataset, loop, model, sinks, special_ids, strategy, worker
 from training.config import TrainRecipe
 from training.dataset import Dataset
 from training.events import Event, EventReader
@@ -64,13 +64,17 @@ def train(
             return _result(run_dir, done, resumed_from=None, started=started)
         reader = EventReader(run_dir / "events.jsonl", offset=_size(run_dir / "events.jsonl"))
         last: dict[str, Event] = {}
-        with session.connect(address) as ray_session:
+        with (
+            session.connect(address) as ray_session,
+            sinks.opened(recipe.log.to, run_dir) as tell_sinks,
+        ):
             say(f"run directory {run_dir}")
             outcome = _fit_in_background(recipe, run_dir, ray_session)
             for event in _follow(outcome, reader, run_dir, say):
                 last.setdefault(f"first {event.kind}", event)
                 last[event.kind] = event
                 watch(event)
+                tell_sinks(event)
         _raise_failure(run_dir, outcome)
         if "finished" not in last:
             raise ClusterError(f"the workers ended without a result; see {run_dir}/events.jsonl")
@@ -98,9 +102,8 @@ def inspect(recipe: TrainRecipe, say: Callable[[str], None]) -> Dataset:
     special_ids.check_special_ids(tokenizer, settings, eos)
     vocab_size = settings.get_text_config().vocab_size
     data = dataset.load(recipe, tokenizer, eos, vocab_size=vocab_size)
-    if data.report is not None:
-        for line in data.report.lines():
-            say(line)
+    for line in data.report.lines():
+        say(line)
     return data
 
 
