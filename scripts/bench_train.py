@@ -84,9 +84,7 @@ def prepare(options: argparse.Namespace, work: Path) -> None:
     (work / "recipe.json").write_text(json.dumps(tree))
     directory = model.resolve(options.model)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    data = dataset.load(
-        recipe, tokenizer, tokenizer.eos_token_id, vocab_size=len(tokenizer)
-    )
+    data = dataset.load(recipe, tokenizer, tokenizer.eos_token_id, vocab_size=len(tokenizer))
     assert data.train is not None
     batches = dataset.SetBatches(data.train, recipe)
     encoded = [e for step in range(batches.num_steps) for _, e in batches.batch(step)]

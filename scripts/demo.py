@@ -8,8 +8,11 @@ A second run takes up what the first one left.
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
+import typer
+from peft import PeftModel
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -17,6 +20,7 @@ from rich.table import Table
 from cluster import command, config, storage
 from training import adapter as adapters
 from training import evaluate, examples, merge, run, special_ids, view
+from training.__main__ import Overrides
 from training.config import TrainRecipe
 from training.evaluate import Estimate, Evaluation
 from training.tokens import Encoder
@@ -32,7 +36,7 @@ def demo(overrides: list[str]) -> None:
     started = time.perf_counter()
     recipe = config.load(TrainRecipe, RECIPE, overrides)
     with view.watching(console) as watch:
-        result = run.train(recipe, say=console.print, watch=watch)
+        result = run.train(recipe, say=say, watch=watch)
     adapter = Path(result["adapter"])
     before, after = measure(adapter, recipe)
     merged = adapter.parent / "merged"
@@ -63,6 +67,7 @@ def demo(overrides: list[str]) -> None:
 def measure(adapter: Path, recipe: TrainRecipe) -> tuple[Evaluation, Evaluation]:
     """Base and adapter on the held-out rows."""
     base, model = adapters.load(str(adapter))
+    assert isinstance(model, PeftModel)
     stops = special_ids.stop_ids(base.tokenizer, base.generation_eos)
     encoder = Encoder(base.tokenizer, stop_ids=stops)
     assert recipe.data.eval is not None
@@ -73,8 +78,8 @@ def measure(adapter: Path, recipe: TrainRecipe) -> tuple[Evaluation, Evaluation]
             bar = progress.add_task(
                 f"answering {len(held_out)} held-out messages: {name}", total=len(held_out)
             )
-            chosen = model.get_base_model() if name == "base" else model
-            with model.disable_adapter() if name == "base" else base.autocast():
+            chosen = base.model if name == "base" else model
+            with model.disable_adapter() if name == "base" else nullcontext():
                 found[name] = evaluate.evaluate(
                     base,
                     chosen,
@@ -119,9 +124,17 @@ def system_message(recipe: TrainRecipe) -> str:
         return json.loads(file.readline())["messages"][0]["content"]
 
 
-if __name__ == "__main__":
-    import typer
+def say(line: str) -> None:
+    """One line as it is: data may hold what rich takes for markup."""
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
 
+
+def main(overrides: Overrides = None) -> None:
+    """Fine-tune, evaluate and merge the demo adapter."""
+    demo(overrides or [])
+
+
+if __name__ == "__main__":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(lambda overrides: demo(overrides or []))
+    app.command()(main)
     sys.exit(command.run(app))
