@@ -74,18 +74,6 @@ class Job:
             self.events.write(kind, **fields)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepResult:
-    """What one optimiser step did, the same on every worker."""
-
-    loss: float
-    grad_norm: float
-    real_tokens: int
-    supervised_tokens: int
-    was_applied: bool
-    wants_stop: bool
-
-
 def fit(job: Job) -> State:
     """Train to the end, from the newest valid checkpoint where there is one; returns the end state.
 
@@ -106,12 +94,13 @@ def fit(job: Job) -> State:
         **asdict(job.memory),
     )
     while state.step < job.batches.num_steps:
-        result, state = _step(job, optimizer, scaler, state)
-        if state.applied_steps == 2 and result.was_applied:
+        before = state.applied_steps
+        state, wants_stop = _step(job, optimizer, scaler, state)
+        if before == 1 and state.applied_steps == 2:
             check_alive(initial, job.model)
             initial = {}
-        state = _after_step(job, optimizer, state, wants_stop=result.wants_stop)
-        if result.wants_stop or _is_stale(job.recipe, state):
+        state = _after_step(job, optimizer, state, wants_stop=wants_stop)
+        if wants_stop or _is_stale(job.recipe, state):
             break
     return state
 
@@ -160,7 +149,7 @@ def spans(batch: packing.MicroBatch, keys: Sequence[tuple[int, ...]]) -> tuple[S
 def eval_loss(job: Job) -> float:
     """Mean loss of a supervised token of the evaluation set, over all workers."""
     mine = job.eval_examples[job.workers.rank :: job.workers.size]
-    totals = torch.zeros(2, dtype=torch.float64)
+    totals = torch.zeros(2, dtype=torch.float64, device=job.base.device)
     job.model.eval()
     with torch.no_grad(), job.base.autocast():
         for batch in _plan(job, mine):
@@ -173,7 +162,8 @@ def eval_loss(job: Job) -> float:
 
 def _step(
     job: Job, optimizer: Optimizer, scaler: torch.amp.GradScaler, state: State
-) -> tuple[StepResult, State]:
+) -> tuple[State, bool]:
+    """One optimiser step: the state after it, and whether the run was asked to stop."""
     started = job.clock()
     rate = learning_rate(job.recipe.optim, step=state.step, num_steps=job.batches.num_steps)
     batch = job.batches.batch(state.step)
@@ -181,21 +171,14 @@ def _step(
     loss_sum = _accumulate(job, batch, scaler, state.step)
     supervised = sum(e.num_supervised for _, e in batch)
     parameters = list(trainable(job.model).values())
-    stop = torch.tensor(float(job.workers.is_first and stop_file(job.run_dir).exists()))
+    asked = job.workers.is_first and stop_file(job.run_dir).exists()
+    stop = torch.tensor([float(asked)], device=job.base.device)
     _reduce(job.workers, parameters, loss_sum, stop)
     loss = loss_sum.item()
     scale = scaler.get_scale()
     norm, is_applied = _apply(job, optimizer, scaler, rate, loss, [e.id for _, e in batch], state)
     seconds = job.clock() - started
     real = sum(len(e.input_ids) for _, e in batch)
-    result = StepResult(
-        loss=loss,
-        grad_norm=norm,
-        real_tokens=real,
-        supervised_tokens=supervised,
-        was_applied=is_applied,
-        wants_stop=bool(stop.item()),
-    )
     state = replace(
         state,
         step=state.step + 1,
@@ -225,7 +208,7 @@ def _step(
             message=f"fp16 overflow at loss scale {scale:g}: "
             "the step was skipped and the scale halved",
         )
-    return result, state
+    return state, bool(stop.item())
 
 
 def _accumulate(
