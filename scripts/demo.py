@@ -8,8 +8,10 @@ A second run takes up what the first one left.
 import json
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import cast
 
 import typer
 from peft import PeftModel
@@ -19,11 +21,10 @@ from rich.table import Table
 
 from cluster import command, config, storage
 from training import adapter as adapters
-from training import evaluate, examples, merge, run, special_ids, view
+from training import evaluate, examples, merge, run, view
 from training.__main__ import Overrides
 from training.config import TrainRecipe
 from training.evaluate import Estimate, Evaluation
-from training.tokens import Encoder
 
 RECIPE = Path("training/recipes/tickets.yaml")
 METRICS = ("json_valid", "exact_match", "rouge_l")
@@ -43,7 +44,7 @@ def demo(overrides: list[str]) -> None:
     if not merged.exists():
         console.print("merging into the fp16 base, and comparing the logits ...")
         merge.merge(adapter, merged)
-    parity = storage.verify(merged).info
+    parity = cast(Mapping[str, float], storage.verify(merged).info["merge"])
     console.print(table(before, after))
     console.print(
         f"training   {result['steps']} steps, {result['real_tokens']} tokens, "
@@ -52,7 +53,9 @@ def demo(overrides: list[str]) -> None:
         f"recipe     {RECIPE}",
         f"adapter    {adapter}",
         f"merged     {merged}",
-        f"parity     {json.dumps(parity, default=str)}",
+        f"parity     logits up to {parity['max_logit']:.0f}; merged against live adapter: "
+        f"{parity['max_logit_diff_fp16_base']:.3f} on the fp16 base, "
+        f"{parity['max_logit_diff_live']:.3f} on the int8 base",
         f"all of it  {time.perf_counter() - started:.0f} s",
         "next       .venv/bin/loray generate "
         f"{adapter} --system {json.dumps(system_message(recipe))} "
@@ -68,8 +71,7 @@ def measure(adapter: Path, recipe: TrainRecipe) -> tuple[Evaluation, Evaluation]
     """Base and adapter on the held-out rows."""
     base, model = adapters.load(str(adapter))
     assert isinstance(model, PeftModel)
-    stops = special_ids.stop_ids(base.tokenizer, base.generation_eos)
-    encoder = Encoder(base.tokenizer, stop_ids=stops)
+    encoder = adapters.encoder_for(str(adapter), base)
     assert recipe.data.eval is not None
     held_out = examples.read(recipe.data.eval).examples
     found: dict[str, Evaluation] = {}

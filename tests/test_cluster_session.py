@@ -26,15 +26,6 @@ def _no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def _packages() -> list[str]:
-    import cluster
-    import serving
-    import training
-    import tune_spaces
-
-    return [str(module.__file__) for module in (cluster, training, tune_spaces, serving)]
-
-
 def _descendants(pid: int | None = None) -> set[psutil.Process]:
     return set(psutil.Process(pid).children(recursive=True))
 
@@ -44,6 +35,14 @@ def test_private_session_is_loopback_only_asks_for_a_token_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
+
+    def packages() -> list[str]:  # Nested, so that Ray ships it by value.
+        import cluster
+        import serving
+        import training
+        import tune_spaces
+
+        return [str(module.__file__) for module in (cluster, training, tune_spaces, serving)]
 
     monkeypatch.chdir(tmp_path)
     others = _descendants()
@@ -56,8 +55,8 @@ def test_private_session_is_loopback_only_asks_for_a_token_and_leaves_nothing(
         assert token.parent.stat().st_mode & 0o777 == 0o700
 
         expected = [str(package / "__init__.py") for package in session.PACKAGES]
-        assert _packages() == expected
-        assert ray.get(ray.remote(_packages).remote(), timeout=60) == expected
+        assert packages() == expected
+        assert ray.get(ray.remote(packages).remote(), timeout=60) == expected
 
         started = _descendants() - others
         listening = {

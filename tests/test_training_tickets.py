@@ -80,7 +80,7 @@ def test_rows_are_a_function_of_the_seed() -> None:
 
 
 def test_issues_are_balanced() -> None:
-    for name, num_each in (("train", 72), ("test", 10)):
+    for name, num_each in (("train", 96), ("test", 10)):
         issues = [row["ticket"]["issue"] for row in shipped(name)]
         assert all(abs(issues.count(issue) - num_each) <= 8 for issue in TRAIN.problems)
 

@@ -32,8 +32,10 @@ from transformers import PreTrainedModel
 
 from cluster import storage
 from cluster.errors import AdapterError, StorageError
+from training import special_ids
 from training.config import ModelConfig
 from training.model import Base, load_base
+from training.tokens import Encoder
 
 Quantization = Literal["int8", "nf4", "none"]
 WEIGHTS = "adapter_model.safetensors"
@@ -241,6 +243,21 @@ def load(
     loaded = load_base(base_of(directory, base), device=place)
     check_base(directory, loaded.fingerprint, loaded.name, is_chosen=base is not None)
     return loaded, attach(loaded.model, directory)
+
+
+def encoder_for(adapter: str, base: Base) -> Encoder:
+    """How prompts are put to an adapter: as in its training where its manifest says how.
+
+    `adapter` is a directory, or the word `base`, which is prompted by its chat template.
+    """
+    info: Mapping[str, Any] = {} if adapter == "base" else _info(Path(adapter))
+    return Encoder(
+        base.tokenizer,
+        template=info.get("template", "auto"),
+        mask=info.get("mask", "completion"),
+        max_length=info.get("max_length", 1024),
+        stop_ids=special_ids.stop_ids(base.tokenizer, base.generation_eos),
+    )
 
 
 def check_base(directory: Path, fingerprint: str, name: str, *, is_chosen: bool) -> None:

@@ -233,13 +233,11 @@ def evaluate_adapter(
     """Measure an adapter directory (or the word `base`, the bare base) on a source of examples."""
     held_out = data.read(source).examples
     loaded, model = adapters.load(adapter, base=base)
-    stops = special_ids.stop_ids(loaded.tokenizer, loaded.generation_eos)
-    encoder = Encoder(loaded.tokenizer, stop_ids=stops)
     return evaluate(
         loaded,
         model,
         held_out,
-        encoder,
+        adapters.encoder_for(adapter, loaded),
         metrics or METRICS,
         max_new_tokens=max_new_tokens,
         on_progress=on_progress,

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from cluster.errors import DataError
 from training import adapter as adapters
-from training import special_ids, tokens
+from training import special_ids
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def answer(
         raise DataError("the prompt is empty; say something to the model")
     loaded, model = adapters.load(adapter, base=base)
     stops = special_ids.stop_ids(loaded.tokenizer, loaded.generation_eos)
-    encoder = tokens.Encoder(loaded.tokenizer, stop_ids=stops)
+    encoder = adapters.encoder_for(adapter, loaded)
     with loaded.autocast():
         return generate(
             model,

@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from cluster.config import nearest
 from cluster.errors import ConfigError, LorayError, ModelError
@@ -113,6 +114,8 @@ def load_base(config: ModelConfig, *, device: torch.device) -> Base:
         precision = "fp16" if device.type == "cuda" else "fp32"
     dtype = _DTYPES[precision]
     remote = config.trust_remote_code
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         settings = AutoConfig.from_pretrained(directory, trust_remote_code=remote)
         _drop_dropout(settings)
@@ -132,6 +135,9 @@ def load_base(config: ModelConfig, *, device: torch.device) -> Base:
         raise
     except Exception as error:  # transformers raises many kinds for one and the same cause
         raise unloadable(config.base, directory, error) from error
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
     missing = sorted(problems["missing_keys"])
     if missing:
         raise ModelError(

@@ -18,7 +18,7 @@ from pathlib import Path
 from cluster.errors import ConfigError
 
 SEED = 20
-TRAIN_ROWS = 400
+TRAIN_ROWS = 480
 TEST_ROWS = 50
 SYSTEM = (
     "Reply in JSON: name, product, issue (broken, cancel, delivery, login, payment), order number."
