@@ -217,6 +217,7 @@ def _private(num_cpus: int | None) -> Iterator[None]:
             stream.write(secrets.token_hex(32))
         path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
         variables = {
+            "PYTHONBREAKPOINT": os.environ.get("PYTHONBREAKPOINT"),  # ray.init sets it.
             "PYTHONPATH": path,
             "RAY_ADDRESS": None,
             "RAY_AUTH_MODE": "token",

@@ -1,7 +1,6 @@
 """training/merge.py on tiny bases of every architecture, with adapters whose effect is known."""
 
 import json
-import math
 import warnings
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from cluster.errors import AdapterError, ConfigError, ModelError, ResourceError
 from training import merge as room
 from training.merge import merge, merged_weight
 
-CPU = torch.device("cpu")
 IDS = torch.tensor([[1, 2, 3, 5, 8, 13, 21, 34, 55, 89]])
 
 
@@ -248,7 +246,7 @@ def test_wrong_merge_does_not_pass_the_proof(
         return right(weight, low, high, 1.1 * float(scaling), **options)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(room, "merged_weight", wrong)
-    adapter = make_adapter(tmp_path / "a", base, scale=0.3)
+    adapter = make_adapter(tmp_path / "a", base)
     with pytest.raises(ModelError, match="logits differ by"):
         merge(adapter, tmp_path / "m")
     assert not (tmp_path / "m").exists()
@@ -285,9 +283,11 @@ def test_full_disk_is_noticed_before_anything_is_written(
         merge(adapter, tmp_path / "m")
 
 
-def test_bound_is_tight_enough_to_mean_something(base: Path, tmp_path: Path) -> None:
-    merge(make_adapter(tmp_path / "a", base), tmp_path / "m")
+@pytest.mark.parametrize("scale", [0.01, 0.05, 0.3])
+def test_bounds_are_close_to_what_they_bound(scale: float, base: Path, tmp_path: Path) -> None:
+    # 0.3 is an adapter that dwarfs the base's weights (0.02): its model amplifies every rounding.
+    report = merge(make_adapter(tmp_path / "a", base, scale=scale), tmp_path / "m")
     figures = storage.read_manifest(tmp_path / "m").info["merge"]
     assert isinstance(figures, dict)
-    layers = 14
-    assert figures["bound_fp16_base"] <= 2.0**-9 * 1.01 * math.sqrt(layers) * figures["max_logit"]
+    assert figures["bound_fp16_base"] <= 20 * report.max_logit_diff_fp16_base
+    assert figures["bound_live"] <= 40 * report.max_logit_diff_live

@@ -10,10 +10,11 @@ from runs import events_of, make_recipe, run_dir_of, train
 from transformers import AutoModelForCausalLM
 
 from cluster import errors, storage
-from cluster.errors import AdapterError, ResourceError
+from cluster.errors import AdapterError, DataError, ResourceError
 from training import checkpoint, memory, worker
 from training import model as model_room
 from training.config import ModelConfig
+from training.strategy import Workers
 
 
 def test_a_base_that_does_not_fit_is_refused_before_loading(
@@ -33,6 +34,20 @@ def test_a_disk_without_room_for_checkpoints_is_refused_before_training(
         train(recipe)
     assert events_of(recipe)[-1].kind == "failed"
     assert not events_of(recipe, "step")
+
+
+def test_other_data_than_the_driver_saw_is_refused(tmp_path: Path, tiny_base: Path) -> None:
+    recipe = make_recipe(tmp_path, tiny_base)
+    run_dir_of(recipe).mkdir(parents=True)
+    with pytest.raises(DataError, match="not those that the driver saw"):
+        worker.run(
+            recipe,
+            run_dir_of(recipe),
+            workers=Workers(),
+            device=torch.device("cpu"),
+            workers_here=1,
+            data_fingerprint="another",
+        )
 
 
 def test_an_error_comes_back_as_its_own_kind() -> None:

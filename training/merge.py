@@ -20,7 +20,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -59,6 +59,8 @@ _PROBES = (
     "Dear Sir or Madam, on 3 May I ordered two lamps, of which one arrived broken.",
 )
 _RANDOM_PROBE_TOKENS = 32
+_FP32_NOISE = 2.0**-20
+"""Relative error of a sum of products in fp32, where one product is taken instead of two."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +123,7 @@ def merge(
             target, base_dir, config, plan, tensors, precision
         )
         _copy_companions(base_dir, adapter_dir, target)
-        figures.update(prove(target, adapter_dir, settings, base_dir, precision, len(plan)))
+        figures.update(prove(target, adapter_dir, settings, base_dir, precision))
 
     info: dict[str, storage.JSON] = {
         "kind": "merged",
@@ -168,46 +170,43 @@ def prove(
     settings: ModelConfig,
     base_dir: Path,
     precision: Precision,
-    num_layers: int,
 ) -> dict[str, float]:
     """Compare the logits of the merged model with the live ones; the figures for the manifest.
 
-    Bound against the unquantised base: a weight is rounded with a relative error of at most u
-    (2^-11 in fp16), independently in `num_layers` layers, so logits of size S move by about
-    u * sqrt(num_layers) * S; four times that, plus fp32's own noise, is allowed. Bound against the
-    quantised model: four times what quantisation alone does to the logits of the bare base.
-    Raises ModelError where either is exceeded, or where a logit is not finite.
+    Bound against the unquantised base: rounding gives each weight a relative error of up to u
+    (2^-11 in fp16). The merged model itself tells what that does: four times the largest change
+    of its logits under random errors of that size is allowed. Bound against the quantised model:
+    that, and four times what quantisation alone does to the bare base, in parts of the largest
+    logit. Raises ModelError where either is exceeded, or where a logit is not finite.
     """
     probes = _probes(merged_dir)
-    plain = ModelConfig(base=str(base_dir), quantization="none", precision="fp32")
-    quantised = ModelConfig(
-        base=str(base_dir), quantization=settings.quantization, precision="fp32"
-    )
-    merged = _logits(models.load_base(_at(plain, merged_dir), device=_CPU).model, probes)
-    exact, exact_bare = _live_logits(plain, adapter_dir, probes)
+    plain = ModelConfig(base=str(merged_dir), quantization="none", precision="fp32")
+    model = models.load_base(plain, device=_CPU).model
+    merged = _logits(model, probes)
+    _perturb(model, max(torch.finfo(_DTYPES[precision]).eps / 2, _FP32_NOISE))
+    rounding = float((_logits(model, probes) - merged).abs().max())
+    del model
+    exact, exact_bare = _live_logits(replace(plain, base=str(base_dir)), adapter_dir, probes)
     live, live_bare = exact, exact_bare
     if settings.quantization != "none":
+        quantised = replace(plain, base=str(base_dir), quantization=settings.quantization)
         live, live_bare = _live_logits(quantised, adapter_dir, probes)
     size = float(exact.abs().max())
-    unit = torch.finfo(_DTYPES[precision]).eps / 2
-    noise = torch.finfo(torch.float32).eps * 32
-    bound = (4 * unit * math.sqrt(num_layers) + noise) * size
     quantisation = float((live_bare - exact_bare).abs().max()) / float(exact_bare.abs().max())
     figures = {
         "max_logit": size,
         "max_logit_diff_fp16_base": float((merged - exact).abs().max()),
-        "bound_fp16_base": bound,
+        "bound_fp16_base": 4 * rounding,
         "max_logit_diff_live": float((merged - live).abs().max()),
-        "bound_live": 4 * quantisation * size + bound,
+        "bound_live": 4 * quantisation * size + 4 * rounding,
     }
-    for name in ("fp16_base", "live"):
+    for name, against in (("fp16_base", "unquantised"), ("live", "quantised")):
         found, allowed = figures[f"max_logit_diff_{name}"], figures[f"bound_{name}"]
         if not found <= allowed:  # NaN is not
-            against = "the unquantised base" if name == "fp16_base" else "the quantised base"
             raise ModelError(
-                f"the merged model is not {against} with the adapter: logits differ by {found:.3g},"
-                f" allowed is {allowed:.3g} (largest logit {size:.3g}). Nothing was kept. Check "
-                "that the base is the one of the training; with fp16, try precision bf16"
+                f"the merged model is not the {against} base with the adapter: logits differ by "
+                f"{found:.3g}, allowed is {allowed:.3g} (largest logit {size:.3g}). Nothing was "
+                "kept. Check that the base is the one of the training"
             )
     return figures
 
@@ -349,6 +348,15 @@ def _logits(model: PreTrainedModel | PeftModel, probes: Sequence[Sequence[int]])
     return torch.cat(rows).float()
 
 
+@torch.no_grad()
+def _perturb(model: PreTrainedModel, size: float) -> None:
+    """Multiply every weight by 1 + e, e uniform in -size..size; seeded."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        error = torch.rand(parameter.shape, generator=generator).mul_(2).sub_(1)
+        parameter.addcmul_(parameter, error.to(parameter.dtype), value=size)
+
+
 def _live_logits(
     config: ModelConfig, adapter_dir: Path, probes: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor]:
@@ -357,12 +365,6 @@ def _live_logits(
     bare_model = models.load_base(config, device=_CPU).model
     bare = _logits(bare_model, probes)
     return _logits(adapters.attach(bare_model, adapter_dir), probes), bare
-
-
-def _at(config: ModelConfig, directory: Path) -> ModelConfig:
-    return ModelConfig(
-        base=str(directory), quantization=config.quantization, precision=config.precision
-    )
 
 
 def _check_room(base_dir: Path, out_dir: Path, dtype: torch.dtype) -> None:

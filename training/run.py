@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 Watcher = Callable[[Event], None]
 _POLL_S = 0.2
-_GROUP_TIMEOUT_S = 600
+_GROUP_TIMEOUT_S = 1800
+"""Longest wait of a worker for the others, which may be evaluating by generation."""
 _CHANGEABLE = ("storage", "scale.max_failures", "checkpoint.", "log.")
 """Settings that a resumed run may change, since they do not change what is learned."""
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "ray")
@@ -69,7 +70,7 @@ def train(
             sinks.opened(recipe.log.to, run_dir) as tell_sinks,
         ):
             say(f"run directory {run_dir}")
-            outcome = _fit_in_background(recipe, run_dir, ray_session)
+            outcome = _fit_in_background(recipe, run_dir, data.fingerprint, ray_session)
             for event in _follow(outcome, reader, run_dir, say):
                 last.setdefault(f"first {event.kind}", event)
                 last[event.kind] = event
@@ -108,13 +109,18 @@ def inspect(recipe: TrainRecipe, say: Callable[[str], None]) -> Dataset:
 
 
 def _fit_in_background(
-    recipe: TrainRecipe, run_dir: Path, ray_session: session.Session
+    recipe: TrainRecipe, run_dir: Path, data_fingerprint: str, ray_session: session.Session
 ) -> "_Outcome":
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     cpus, gpus = _share_out(recipe, ray_session)
-    spec = {"recipe": config.plain(recipe), "run_dir": str(run_dir), "threads": cpus}
+    spec = {
+        "recipe": config.plain(recipe),
+        "run_dir": str(run_dir),
+        "data_fingerprint": data_fingerprint,
+        "threads": cpus,
+    }
     # Ray's state of the run is not used: our checkpoints are the truth, so it gets a throw-away
     # place (a truncated checkpoint_manager_snapshot.json makes a run of Ray 2.60 unresumable).
     scratch = tempfile.TemporaryDirectory(prefix="loray-train-", ignore_cleanup_errors=True)

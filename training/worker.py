@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from cluster import __version__, config, storage
-from cluster.errors import LorayError, ResourceError
+from cluster.errors import DataError, LorayError, ResourceError
 from training import checkpoint, dataset, loop, memory, model, objective, special_ids
 from training.checkpoint import State
 from training.config import TrainRecipe
@@ -27,16 +27,23 @@ log = logging.getLogger(__name__)
 
 
 def run(
-    recipe: TrainRecipe, run_dir: Path, *, workers: Workers, device: torch.device, workers_here: int
+    recipe: TrainRecipe,
+    run_dir: Path,
+    *,
+    workers: Workers,
+    device: torch.device,
+    workers_here: int,
+    data_fingerprint: str | None = None,
 ) -> None:
     """Train a recipe whose paths are absolute into `run_dir`; the result is its last event.
 
-    workers_here: how many workers share this machine's memory. Raises LorayError; the reason is
-    in the run's events by then.
+    workers_here: how many workers share this machine's memory. data_fingerprint: of the examples
+    as the driver saw them; None takes them as they are. Raises LorayError; the reason is in the
+    run's events by then.
     """
     events = EventLog(run_dir / "events.jsonl") if workers.is_first else None
     try:
-        _run(recipe, run_dir, workers, device, workers_here, events)
+        _run(recipe, run_dir, workers, device, workers_here, data_fingerprint, events)
     except LorayError as error:
         if events is not None:
             events.write("failed", sync=True, code=error.code, message=str(error))
@@ -52,6 +59,7 @@ def _run(
     workers: Workers,
     device: torch.device,
     workers_here: int,
+    data_fingerprint: str | None,
     events: EventLog | None,
 ) -> None:
     started = time.perf_counter()
@@ -61,6 +69,12 @@ def _run(
     peft_model, router = model.attach_lora(base, recipe.lora, seed=recipe.optim.seed)
     vocab_size = base.model.config.get_text_config().vocab_size
     data = dataset.load(recipe, base.tokenizer, base.generation_eos, vocab_size=vocab_size)
+    if data_fingerprint not in (None, data.fingerprint):
+        raise DataError(
+            "the training examples on this worker are not those that the driver saw: a file was "
+            "changed meanwhile, or this node holds another copy; put the data where all nodes "
+            "read the same files"
+        )
     special_ids.check_special_ids(base.tokenizer, base.model.config, base.generation_eos)
     pad_id = special_ids.choose_pad_id(base.tokenizer, vocab_size=vocab_size)
     chosen = objective.probe(
@@ -258,6 +272,7 @@ def ray_worker(spec: dict[str, Any]) -> None:
             workers=workers,
             device=device,
             workers_here=context.get_local_world_size(),
+            data_fingerprint=spec["data_fingerprint"],
         )
     except LorayError as error:
         storage.write_file(run_dir / f"failure-{workers.rank}.json", failure_record(error))
