@@ -14,7 +14,9 @@ from training.config import TrainRecipe
 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_base: Path) -> TrainRecipe:
-    return make_recipe(tmp_path, tiny_base, data={"template": "alpaca", "mask": "last_turn"})
+    return make_recipe(
+        tmp_path, tiny_base, data={"template": "alpaca", "mask": "last_turn", "max_length": 400}
+    )
 
 
 @pytest.fixture

@@ -38,8 +38,12 @@ def train(
         raise typer.Exit(_submit(recipe, overrides or [], as_json=as_json, address=address))
     from training import run, view  # torch and ray: seconds that bad usage must not cost
 
-    with view.watching() as watch:
-        result = run.train(chosen, say=_say, watch=watch, address=address)
+    try:
+        with view.watching() as watch:
+            result = run.train(chosen, say=_say, watch=watch, address=address)
+    except KeyboardInterrupt:
+        _say("stopped at once; the same command resumes from the last checkpoint")
+        raise typer.Exit(130) from None
     if as_json:
         print(json.dumps(result), flush=True)
     else:
@@ -62,7 +66,7 @@ def _submit(recipe: Path, overrides: list[str], *, as_json: bool, address: str |
     except KeyboardInterrupt:
         if typer.confirm(f"stop job {job_id}? (no leaves it running)", default=True, err=True):
             jobs.stop(job_id, address=where)
-        raise
+        return 130
 
 
 def _say(line: str) -> None:
