@@ -7,7 +7,7 @@ directory or a whole one; earlier directories are not touched. `verify` proves a
 what was written.
 
 Names with a leading dot belong to this module: `.tmp-*` is unfinished, `.old-*` was being
-replaced, `.broken-*` is quarantined, `.lock` and `.lock-owner` say who is at work.
+replaced, `.broken-*` is quarantined.
 
 What is covered: local and mounted directories on which rename, fsync and flock do what POSIX says.
 What is not covered: object stores, and a fenced attempt that is suspended for the instant between
@@ -20,19 +20,14 @@ import json
 import logging
 import os
 import shutil
-import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self, TypeAlias, cast
+from typing import TypeAlias, cast
 
-from filelock import FileLock
-from filelock import Timeout as LockTimeout
-
-from cluster.errors import ConfigError, LorayError, ResourceError, RunInUseError, StorageError
+from cluster.errors import ConfigError, LorayError, ResourceError, StorageError
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 """What `manifest.json` can hold."""
@@ -40,7 +35,6 @@ JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _MAX_MANIFEST_BYTES = 16 << 20
-_LOCK_TIMEOUT_S = 30.0
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +89,7 @@ def commit(
                 f"{final} exists already; committed directories are never overwritten. "
                 "Choose another name, or remove it if it is not needed"
             )
-        _make_directory(final.parent)
+        make_directory(final.parent)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         write(temporary)
@@ -282,96 +276,6 @@ def join(root: Path, name: str) -> Path:
     return path
 
 
-class RunLock:
-    """The right to work in a run directory, held by one process at a time: `with RunLock(run):`.
-
-    It is a lock of the operating system (flock on `<run>/.lock`), which ends with its process,
-    however that ends. `<run>/.lock-owner` only tells people who holds it. Entering raises
-    RunInUseError, at once, where another owner is alive, and StorageError where the file system
-    has no flock (mount NFS as version 4, Lustre with `-o flock`).
-    """
-
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
-        self._owner = run_dir / ".lock-owner"
-        # Without flock, filelock would use a marker file, which survives a killed owner.
-        self._lock = FileLock(run_dir / ".lock", blocking=False, fallback_to_soft=False)
-
-    def __enter__(self) -> Self:
-        _make_directory(self._run_dir)
-        try:
-            self._lock.acquire()
-        except LockTimeout:
-            raise RunInUseError(
-                f"{self._run_dir} is in use by {self._describe_owner()}; wait until it ends or "
-                "stop it, or choose another name for this run"
-            ) from None
-        except OSError as error:
-            raise StorageError(
-                f"{self._run_dir / '.lock'} cannot be locked ({error}); use a file system with "
-                "flock (local, NFS 4, Lustre with -o flock) that you may write to"
-            ) from None
-        started = datetime.now(UTC).isoformat(timespec="seconds")
-        owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
-        try:
-            write_file(self._owner, json.dumps(owner).encode())
-        except BaseException:
-            self._lock.release()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._owner.unlink(missing_ok=True)
-        self._lock.release()
-
-    def _describe_owner(self) -> str:
-        try:
-            owner = json.loads(self._owner.read_bytes())
-            return f"process {owner['pid']} on {owner['host']}, which started {owner['started']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            return "another process"
-
-
-def next_attempt(run_dir: Path) -> int:
-    """Start a new attempt of a run: increment `<run>/attempt` and return it, 1 for the first.
-
-    From then on every earlier attempt is fenced off. Raises StorageError where the file cannot be
-    read or written, or another process holds its lock for 30 s.
-    """
-    _make_directory(run_dir)
-    lock = FileLock(run_dir / ".attempt.lock", timeout=_LOCK_TIMEOUT_S)
-    try:
-        with lock:
-            attempt = (_stored_attempt(run_dir) or 0) + 1
-            write_file(run_dir / "attempt", f"{attempt}\n".encode())
-            return attempt
-    except LockTimeout:
-        raise StorageError(
-            f"{run_dir / '.attempt.lock'} is held by another process for {_LOCK_TIMEOUT_S:.0f} s; "
-            "look for a hung process or a hung mount, then try again"
-        ) from None
-
-
-def is_current_attempt(run_dir: Path, attempt: int) -> bool:
-    """Whether no newer attempt of the run was started; False too where the run is gone."""
-    return _stored_attempt(run_dir) == attempt
-
-
-def _stored_attempt(run_dir: Path) -> int | None:
-    path = run_dir / "attempt"
-    try:
-        return int(path.read_text(encoding="ascii"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise StorageError(
-            f"{path} does not hold a number; write into it one that is above every attempt number "
-            f"in {run_dir}"
-        ) from None
-    except OSError as error:
-        raise StorageError(f"{path} cannot be read ({error})") from None
-
-
 def _seal(directory: Path, info: Mapping[str, JSON]) -> Manifest:
     files: dict[str, FileEntry] = {}
     for name, path in _walk(directory):
@@ -455,11 +359,11 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _make_directory(directory: Path) -> None:
+def make_directory(directory: Path) -> None:
     """mkdir -p whose result survives a power cut."""
     if directory.is_dir():
         return
-    _make_directory(directory.parent)
+    make_directory(directory.parent)
     try:
         directory.mkdir(exist_ok=True)
         _fsync(directory.parent)

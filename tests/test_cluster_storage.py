@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from cluster import storage
+from cluster import ownership, storage
 from cluster.errors import ConfigError, ResourceError, RunInUseError, StorageError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -92,24 +92,24 @@ def test_exception_in_write_leaves_nothing(committed: Path, error: BaseException
 
 def test_fenced_attempt_never_commits(committed: Path) -> None:
     run = committed.parent
-    old = storage.next_attempt(run)
-    new = storage.next_attempt(run)
+    old = ownership.next_attempt(run)
+    new = ownership.next_attempt(run)
     assert (old, new) == (1, 2)
 
     def is_fenced() -> bool:
-        return not storage.is_current_attempt(run, old)
+        return not ownership.is_current_attempt(run, old)
 
     with pytest.raises(StorageError, match="attempt 1 has been superseded"):
         _commit(run / "step-2", is_fenced=is_fenced)
     assert not (run / "step-2").exists()
     assert not list(run.glob(".tmp-*"))
-    _commit(run / "step-2", is_fenced=lambda: not storage.is_current_attempt(run, new))
+    _commit(run / "step-2", is_fenced=lambda: not ownership.is_current_attempt(run, new))
 
 
 def test_attempts_are_unique_across_processes(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from cluster import storage\n"
-        "for _ in range(20): print(storage.next_attempt(Path(sys.argv[1])))"
+        "import sys; from pathlib import Path; from cluster import ownership\n"
+        "for _ in range(20): print(ownership.next_attempt(Path(sys.argv[1])))"
     )
     processes = [_start(code, tmp_path / "run") for _ in range(3)]
     numbers = [int(n) for p in processes for n in p.communicate(timeout=60)[0].split()]
@@ -117,13 +117,13 @@ def test_attempts_are_unique_across_processes(tmp_path: Path) -> None:
 
 
 def test_attempt_of_a_removed_run_is_not_current(tmp_path: Path) -> None:
-    assert not storage.is_current_attempt(tmp_path / "gone", 1)
+    assert not ownership.is_current_attempt(tmp_path / "gone", 1)
 
 
 def test_damaged_attempt_file_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "attempt").write_text("")
     with pytest.raises(StorageError, match="attempt does not hold a number"):
-        storage.next_attempt(tmp_path)
+        ownership.next_attempt(tmp_path)
 
 
 def test_info_that_json_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -421,35 +421,35 @@ def test_join_accepts_plain_relative_names(tmp_path: Path) -> None:
 
 
 def test_second_owner_is_told_who_the_first_is(tmp_path: Path) -> None:
-    with storage.RunLock(tmp_path), pytest.raises(RunInUseError) as caught:
-        storage.RunLock(tmp_path).__enter__()
+    with ownership.RunLock(tmp_path), pytest.raises(RunInUseError) as caught:
+        ownership.RunLock(tmp_path).__enter__()
     assert f"process {os.getpid()} on " in str(caught.value)
     assert "stop it, or choose another name" in str(caught.value)
-    with storage.RunLock(tmp_path):
+    with ownership.RunLock(tmp_path):
         pass
     assert not (tmp_path / ".lock-owner").exists()
 
 
 def test_unreadable_owner_record_still_refuses(tmp_path: Path) -> None:
-    with storage.RunLock(tmp_path):
+    with ownership.RunLock(tmp_path):
         (tmp_path / ".lock-owner").write_text("{")
         with pytest.raises(RunInUseError, match="another process"):
-            storage.RunLock(tmp_path).__enter__()
+            ownership.RunLock(tmp_path).__enter__()
 
 
 @pytest.mark.chaos
 def test_killed_owner_frees_the_run(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from cluster import storage\n"
-        "with storage.RunLock(Path(sys.argv[1])):\n    print('held', flush=True); input()"
+        "import sys; from pathlib import Path; from cluster import ownership\n"
+        "with ownership.RunLock(Path(sys.argv[1])):\n    print('held', flush=True); input()"
     )
     owner = _start(code, tmp_path)
     assert owner.stdout is not None
     assert owner.stdout.readline() == "held\n"
     with pytest.raises(RunInUseError, match=f"process {owner.pid} "):
-        storage.RunLock(tmp_path).__enter__()
+        ownership.RunLock(tmp_path).__enter__()
     owner.kill()
     owner.communicate(timeout=20)
     assert json.loads((tmp_path / ".lock-owner").read_text())["pid"] == owner.pid
-    with storage.RunLock(tmp_path):
+    with ownership.RunLock(tmp_path):
         assert json.loads((tmp_path / ".lock-owner").read_text())["pid"] == os.getpid()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file
 from tiny import ARCHITECTURES, make_base
 
-from cluster import storage
+from cluster import ownership, storage
 from cluster.errors import ConfigError, StorageError, TrainingError
 from training import checkpoint, loop
 from training.config import TrainRecipe
@@ -277,7 +277,7 @@ def test_an_old_attempt_cannot_commit(tmp_path: Path, tiny_base: Path) -> None:
     real = checkpoint.save
 
     def superseded(*args: object, **kwargs: object) -> Path:
-        storage.next_attempt(run_dir)  # another worker has taken the run over meanwhile
+        ownership.next_attempt(run_dir)  # another worker has taken the run over meanwhile
         return real(*args, **kwargs)  # pyright: ignore
 
     with pytest.MonkeyPatch.context() as patch:

@@ -14,7 +14,7 @@ import yaml
 from local_cluster import local_cluster
 from runs import adapter_bytes, events_of, make_recipe, run_dir_of, train
 
-from cluster import config, storage
+from cluster import config, ownership
 from training.config import TrainRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -277,6 +277,6 @@ def test_a_run_in_progress_is_not_entered(
     recipe = make_recipe(tmp_path, tiny_base)
     path = write_recipe(recipe, tmp_path / "recipe.yaml")
     run_dir_of(recipe).mkdir(parents=True)
-    with storage.RunLock(run_dir_of(recipe)):
+    with ownership.RunLock(run_dir_of(recipe)):
         assert main([str(path)]) == 1
     assert str(os.getpid()) in capsys.readouterr().err

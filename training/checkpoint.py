@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cluster import storage
+from cluster import ownership, storage
 from cluster.errors import AdapterError, StorageError
 from training.model import ADAPTER, trainable
 
@@ -87,7 +87,7 @@ def save(
         write,
         attempt=str(attempt),
         info=dict(info),
-        is_fenced=lambda: not storage.is_current_attempt(run_dir, attempt),
+        is_fenced=lambda: not ownership.is_current_attempt(run_dir, attempt),
     )
     return final
 

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cluster import __version__, config, errors, session, storage
+from cluster import __version__, config, errors, ownership, session, storage
 from cluster.errors import ClusterError, ConfigError, LorayError, ResourceError
 from training import dataset, loop, model, sinks, special_ids, strategy, worker
 from training.config import TrainRecipe
@@ -55,7 +55,7 @@ def train(
     run_dir = root / recipe.name
     recipe = worker.with_absolute_paths(replace(recipe, storage=str(root)))
     _require_writable(run_dir)
-    with storage.RunLock(run_dir):
+    with ownership.RunLock(run_dir):
         _clean(run_dir)
         data = inspect(recipe, say)
         _claim(run_dir, recipe, data.fingerprint)

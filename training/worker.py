@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cluster import __version__, config, storage
+from cluster import __version__, config, ownership, storage
 from cluster.errors import DataError, LorayError, ResourceError
 from training import checkpoint, dataset, loop, memory, model, objective, special_ids
 from training.checkpoint import State
@@ -63,7 +63,7 @@ def _run(
     events: EventLog | None,
 ) -> None:
     started = time.perf_counter()
-    attempt = storage.next_attempt(run_dir) if workers.is_first else 0
+    attempt = ownership.next_attempt(run_dir) if workers.is_first else 0
     _require_memory(recipe, device, workers_here)
     base = model.load_base(recipe.model, device=device)
     peft_model, router = model.attach_lora(base, recipe.lora, seed=recipe.optim.seed)
@@ -152,7 +152,7 @@ def _finish(
         write,
         attempt=str(job.attempt),
         info={**job.info, "step": step, "eval": scores},
-        is_fenced=lambda: not storage.is_current_attempt(job.run_dir, job.attempt),
+        is_fenced=lambda: not ownership.is_current_attempt(job.run_dir, job.attempt),
         replace=True,
     )
     seconds = state.train_s
