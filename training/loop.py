@@ -29,6 +29,7 @@ from training.memory import MemoryPlan
 from training.model import ADAPTER, Base, trainable
 from training.objective import Objective
 from training.routing import Router, Span
+from training.sampler import share
 from training.schedule import learning_rate
 from training.strategy import Workers
 from training.tokens import Encoded
@@ -148,7 +149,7 @@ def spans(batch: packing.MicroBatch, keys: Sequence[tuple[int, ...]]) -> tuple[S
 
 def eval_loss(job: Job) -> float:
     """Mean loss of a supervised token of the evaluation set, over all workers."""
-    mine = job.eval_examples[job.workers.rank :: job.workers.size]
+    mine = share(job.eval_examples, job.workers.rank, job.workers.size)
     totals = torch.zeros(2, dtype=torch.float64, device=job.base.device)
     job.model.eval()
     with torch.no_grad(), job.base.autocast():
@@ -215,7 +216,7 @@ def _accumulate(
     job: Job, batch: Sequence[tuple[int, Encoded]], scaler: torch.amp.GradScaler, step: int
 ) -> Tensor:
     """Add up this worker's share of the gradients; returns its share of the mean loss, (1,)."""
-    mine = batch[job.workers.rank :: job.workers.size]
+    mine = share(batch, job.workers.rank, job.workers.size)
     supervised = sum(e.num_supervised for _, e in batch)
     seed = job.recipe.optim.seed
     keys = [(seed, step, number) for number, _ in mine]
