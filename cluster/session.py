@@ -223,6 +223,7 @@ def _private(num_cpus: int | None) -> Iterator[None]:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": None,
             "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # Nobody takes this machine away.
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         with environment(variables), _loopback_only():

@@ -8,28 +8,27 @@ import json
 import logging
 import os
 import platform
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster import __version__, config, errors, ownership, session, storage
-from cluster.errors import ClusterError, ConfigError, LorayError, ResourceError
+from cluster.errors import ClusterError, ConfigError, LorayError
 from training import dataset, loop, model, sinks, special_ids, strategy, worker
 from training.config import TrainRecipe
 from training.dataset import Dataset
 from training.events import Event, EventReader
 
+if TYPE_CHECKING:  # Ray Train takes seconds to import, which an error in the data must not cost
+    from training.trainer import Outcome
+
 log = logging.getLogger(__name__)
 
 Watcher = Callable[[Event], None]
 _POLL_S = 0.2
-_GROUP_TIMEOUT_S = 1800
-"""Longest wait of a worker for the others, which may be evaluating by generation."""
 _CHANGEABLE = ("storage", "scale.max_failures", "checkpoint.", "log.")
 """Settings that a resumed run may change, since they do not change what is learned."""
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "ray")
@@ -69,8 +68,10 @@ def train(
             session.connect(address) as ray_session,
             sinks.opened(recipe.log.to, run_dir) as tell_sinks,
         ):
+            from training import trainer
+
             say(f"run directory {run_dir}")
-            outcome = _fit_in_background(recipe, run_dir, data.fingerprint, ray_session)
+            outcome = trainer.start(recipe, run_dir, data.fingerprint, ray_session)
             for event in _follow(outcome, reader, run_dir, say):
                 last.setdefault(f"first {event.kind}", event)
                 last[event.kind] = event
@@ -108,67 +109,8 @@ def inspect(recipe: TrainRecipe, say: Callable[[str], None]) -> Dataset:
     return data
 
 
-def _fit_in_background(
-    recipe: TrainRecipe, run_dir: Path, data_fingerprint: str, ray_session: session.Session
-) -> "_Outcome":
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    cpus, gpus = _share_out(recipe, ray_session)
-    spec = {
-        "recipe": config.plain(recipe),
-        "run_dir": str(run_dir),
-        "data_fingerprint": data_fingerprint,
-        "threads": cpus,
-    }
-    # Ray's state of the run is not used: our checkpoints are the truth, so it gets a throw-away
-    # place (a truncated checkpoint_manager_snapshot.json makes a run of Ray 2.60 unresumable).
-    scratch = tempfile.TemporaryDirectory(prefix="loray-train-", ignore_cleanup_errors=True)
-    trainer = TorchTrainer(
-        worker.ray_worker,
-        train_loop_config=spec,
-        torch_config=TorchConfig(timeout_s=_GROUP_TIMEOUT_S),
-        scaling_config=ScalingConfig(
-            num_workers=recipe.scale.workers,
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
-        ),
-        run_config=RunConfig(
-            name=recipe.name,
-            storage_path=scratch.name,
-            failure_config=FailureConfig(max_failures=recipe.scale.max_failures),
-        ),
-    )
-    return _Outcome(trainer.fit, scratch)
-
-
-class _Outcome:
-    """A call in a thread: Ctrl-C must reach the main thread, not Ray's own handler."""
-
-    def __init__(self, call: Callable[[], object], scratch: tempfile.TemporaryDirectory[str]):
-        self.error: BaseException | None = None
-        self._call = call
-        self._scratch = scratch
-        self._ended = threading.Event()
-        threading.Thread(target=self._run, name="ray-train-fit", daemon=True).start()
-
-    def _run(self) -> None:
-        try:
-            self._call()
-        except BaseException as error:  # handed over to the main thread
-            self.error = error
-        finally:
-            self._scratch.cleanup()
-            self._ended.set()
-
-    def is_over(self, timeout_s: float) -> bool:
-        """Wait up to `timeout_s`; whether the call has ended."""
-        # Not Thread.join: interrupted, it takes the thread for stopped (bpo-45274, Python 3.11).
-        return self._ended.wait(timeout_s)
-
-
 def _follow(
-    outcome: _Outcome, reader: EventReader, run_dir: Path, say: Callable[[str], None]
+    outcome: "Outcome", reader: EventReader, run_dir: Path, say: Callable[[str], None]
 ) -> Iterator[Event]:
     interrupts = 0
     is_over = False
@@ -182,27 +124,6 @@ def _follow(
                 raise
             say("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
             loop.stop_file(run_dir).touch()
-
-
-def _share_out(recipe: TrainRecipe, ray_session: session.Session) -> tuple[int, int]:
-    """CPUs and GPUs of each worker."""
-    workers = recipe.scale.workers
-    gpus = recipe.scale.gpus_per_worker
-    if gpus == "auto":
-        gpus = 1 if ray_session.num_gpus >= workers else 0
-    cpus = recipe.scale.cpus_per_worker
-    if cpus == "auto":
-        cpus = max(1, int(ray_session.num_cpus) // workers)
-    for name, wanted, there in (
-        ("CPUs", cpus * workers, ray_session.num_cpus),
-        ("GPUs", gpus * workers, ray_session.num_gpus),
-    ):
-        if wanted > there:
-            raise ResourceError(
-                f"scale asks for {wanted} {name} ({workers} workers), the cluster has {there:g}; "
-                f"lower scale.workers or scale.{name[:-1].lower()}s_per_worker, or add nodes"
-            )
-    return cpus, gpus
 
 
 def _claim(run_dir: Path, recipe: TrainRecipe, data_fingerprint: str) -> None:
@@ -268,7 +189,7 @@ def _result(
     }
 
 
-def _raise_failure(run_dir: Path, outcome: _Outcome) -> None:
+def _raise_failure(run_dir: Path, outcome: "Outcome") -> None:
     """Raise what a worker left behind, or what Ray said."""
     for path in sorted(run_dir.glob("failure-*.json")):
         record: Mapping[str, str] = json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,133 @@
+"""The Ray Train workers of a run: how many resources each gets, starting them, waiting for them.
+
+Ray Train 2.60 starts six helper actors beside the workers, each of which wakes 100 times a second.
+On two cores that took 7 % of the training speed (`scripts/bench ray`): the loop's two threads wait
+for each other, so that a pause of one is a pause of both. Here the helpers that have nothing to do
+are not started. The private names of Ray that this takes are all in this file.
+"""
+
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.backend import Backend
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+from cluster import config
+from cluster.errors import ResourceError
+from cluster.session import Session
+from training import worker
+from training.config import TrainRecipe
+
+_GROUP_TIMEOUT_S = 1800
+"""Longest wait of a worker for the others, which may be evaluating by generation."""
+
+
+class Outcome:
+    """A call in a thread: Ctrl-C must reach the main thread, not Ray's own handler."""
+
+    def __init__(self, call: Callable[[], object], scratch: tempfile.TemporaryDirectory[str]):
+        self.error: BaseException | None = None
+        self._call = call
+        self._scratch = scratch
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name="ray-train-fit", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._call()
+        except BaseException as error:  # handed over to the main thread
+            self.error = error
+        finally:
+            self._scratch.cleanup()
+            self._ended.set()
+
+    def is_over(self, timeout_s: float) -> bool:
+        """Wait up to `timeout_s`; whether the call has ended."""
+        # Not Thread.join: interrupted, it takes the thread for stopped (bpo-45274, Python 3.11).
+        return self._ended.wait(timeout_s)
+
+
+def start(
+    recipe: TrainRecipe, run_dir: Path, data_fingerprint: str, ray_session: Session
+) -> Outcome:
+    """Start the workers of a recipe whose paths are absolute; they write into `run_dir`.
+
+    Raises ResourceError where the cluster has fewer CPUs or GPUs than the recipe asks for.
+    """
+    cpus, gpus = _share_out(recipe, ray_session)
+    spec = {
+        "recipe": config.plain(recipe),
+        "run_dir": str(run_dir),
+        "data_fingerprint": data_fingerprint,
+        "threads": cpus,
+    }
+    # Ray's state of the run is not used: our checkpoints are the truth, so it gets a throw-away
+    # place (a truncated checkpoint_manager_snapshot.json makes a run of Ray 2.60 unresumable).
+    scratch = tempfile.TemporaryDirectory(prefix="loray-train-", ignore_cleanup_errors=True)
+    group = TorchConfig if recipe.scale.workers > 1 else _NoGroup
+    trainer = _LeanTrainer(
+        worker.ray_worker,
+        train_loop_config=spec,
+        torch_config=group(timeout_s=_GROUP_TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=recipe.scale.workers,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+        ),
+        run_config=RunConfig(
+            name=recipe.name,
+            storage_path=scratch.name,
+            failure_config=FailureConfig(max_failures=recipe.scale.max_failures),
+        ),
+    )
+    trainer.is_private = ray_session.is_private
+    return Outcome(trainer.fit, scratch)
+
+
+class _NoGroup(TorchConfig):
+    """No process group: one worker has nobody to talk to."""
+
+    @property
+    def backend_cls(self) -> Any:  # Ray types it as its own process group backend
+        """Sets up nothing."""
+        return Backend
+
+
+class _LeanTrainer(TorchTrainer):
+    """TorchTrainer (Ray 2.60) without the helpers that have nothing to do here."""
+
+    is_private = False
+    """A private Ray ends with its driver, and leaves no placement group to clean up."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        idle: tuple[type, ...] = (DatasetsCallback,)  # it serves Ray Data sets; we use none
+        if self.is_private:
+            idle = (*idle, PlacementGroupCleanerCallback)
+        return [call for call in super()._create_default_callbacks() if not isinstance(call, idle)]
+
+
+def _share_out(recipe: TrainRecipe, ray_session: Session) -> tuple[int, int]:
+    """CPUs and GPUs of each worker."""
+    workers = recipe.scale.workers
+    gpus = recipe.scale.gpus_per_worker
+    if gpus == "auto":
+        gpus = 1 if ray_session.num_gpus >= workers else 0
+    cpus = recipe.scale.cpus_per_worker
+    if cpus == "auto":
+        cpus = max(1, int(ray_session.num_cpus) // workers)
+    for name, wanted, there in (
+        ("CPUs", cpus * workers, ray_session.num_cpus),
+        ("GPUs", gpus * workers, ray_session.num_gpus),
+    ):
+        if wanted > there:
+            raise ResourceError(
+                f"scale asks for {wanted} {name} ({workers} workers), the cluster has {there:g}; "
+                f"lower scale.workers or scale.{name[:-1].lower()}s_per_worker, or add nodes"
+            )
+    return cpus, gpus
