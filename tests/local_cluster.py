@@ -43,6 +43,11 @@ class LocalCluster:
             "RAY_ADDRESS": None,
         }
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """HTTP headers of a client that may use the Jobs API."""
+        return {"Authorization": f"Bearer {self.token}"}
+
 
 @contextmanager
 def local_cluster(*, num_cpus: int = 2) -> Iterator[LocalCluster]:

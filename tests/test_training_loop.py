@@ -43,6 +43,21 @@ def test_a_small_run_learns_and_reports(tmp_path: Path, tiny_base: Path) -> None
     assert last.number("final_loss") == values[-1]
 
 
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_a_quantised_base_learns_and_is_bitwise_reproducible(
+    tmp_path: Path, tiny_base: Path, quantization: str
+) -> None:
+    settings = {
+        "model": {"base": str(tiny_base), "quantization": quantization},
+        "optim": {"max_steps": 12, "learning_rate": 0.1},
+    }
+    runs = [make_recipe(tmp_path, tiny_base, name=name, **settings) for name in ("a", "b")]
+    for recipe in runs:
+        assert train(recipe).kind == "finished"
+    assert losses(runs[0])[-1] < losses(runs[0])[0] - 0.1
+    assert adapter_bytes(runs[0]) == adapter_bytes(runs[1])
+
+
 def test_the_cut_into_micro_batches_changes_nothing(tmp_path: Path, tiny_base: Path) -> None:
     runs = [
         make_recipe(tmp_path, tiny_base, name=f"run{tokens}", memory={"micro_batch_tokens": tokens})

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from local_cluster import local_cluster
+from ray.job_submission import JobSubmissionClient
 from runs import adapter_bytes, events_of, make_recipe, run_dir_of, train
 
 from cluster import config, ownership
@@ -37,15 +38,16 @@ def start(
         cwd=cwd,
         env=environment,
         text=True,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
 
 
-def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+def finish(process: "subprocess.Popen[str]", answers: str = "") -> tuple[int, str, str]:
     try:
-        out, err = process.communicate(timeout=DEADLINE_S)
+        out, err = process.communicate(answers, timeout=DEADLINE_S)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -96,7 +98,7 @@ def test_ray_jobs_train_the_same_adapter_as_the_bare_loop(tmp_path: Path, tiny_b
     train(alone)
     recipes = {
         name: make_recipe(tmp_path, tiny_base, name=name, scale={"cpus_per_worker": 1})
-        for name in ("job", "submit", "wrong")
+        for name in ("job", "submit", "wrong", "long")
     }
     paths = {
         name: str(write_recipe(recipe, tmp_path / f"{name}.yaml"))
@@ -118,8 +120,25 @@ def test_ray_jobs_train_the_same_adapter_as_the_bare_loop(tmp_path: Path, tiny_b
         status, out, err = call(words, tmp_path, token)
         assert status == 1, out + err
         assert "no such directory" in out
+        job = start_submitted(cluster.jobs_address, paths["long"], tmp_path, token)
+        wait_until(lambda: bool(events_of(recipes["long"], "step")), job)
+        os.kill(job.pid, signal.SIGINT)
+        status, out, err = finish(job, answers="y\n")
+        assert status == 130, out + err
+        assert "stop job raysubmit_" in err
+        client = JobSubmissionClient(cluster.jobs_address, headers=cluster.headers)
+        assert sorted(str(job.status) for job in client.list_jobs()) == [
+            "FAILED", "STOPPED", "SUCCEEDED", "SUCCEEDED",
+        ]  # fmt: skip
     for name in ("job", "submit"):
         assert adapter_bytes(recipes[name]) == adapter_bytes(alone)
+
+
+def start_submitted(
+    address: str, path: str, cwd: Path, token: Mapping[str, str]
+) -> "subprocess.Popen[str]":
+    words = ["loray", "train", "--submit", "--address", address, path, "optim.max_steps=100000"]
+    return start(words, cwd, token)
 
 
 @pytest.mark.ray
