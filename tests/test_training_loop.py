@@ -14,7 +14,7 @@ from tiny import ARCHITECTURES, make_base
 
 from cluster import ownership, storage
 from cluster.errors import ConfigError, StorageError, TrainingError
-from training import checkpoint, loop
+from training import checkpoint, loop, seat
 from training.config import TrainRecipe
 
 
@@ -219,13 +219,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimiser(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_recipe(tmp_path, tiny_base)
-    real = loop._accumulate
+    real = seat.Seat.add_loss
 
-    def poisoned(job: loop.Job, batch: object, scaler: object, step: int) -> torch.Tensor:
-        loss = real(job, batch, scaler, step)  # pyright: ignore
-        return loss * float("nan") if step == 3 else loss
+    def poisoned(self: seat.Seat, loss: torch.Tensor) -> None:
+        real(self, loss * float("nan") if self.state.step == 3 else loss)
 
-    monkeypatch.setattr(loop, "_accumulate", poisoned)
+    monkeypatch.setattr(seat.Seat, "add_loss", poisoned)
     with pytest.raises(TrainingError, match=r"step 4: loss nan.*train\.jsonl:\d+"):
         train(recipe)
     found = checkpoint.find_latest_valid(run_dir_of(recipe))
@@ -237,14 +236,14 @@ def test_layers_that_do_not_learn_are_named(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_recipe(tmp_path, tiny_base)
-    real = loop._reduce
+    real = seat.Seat._reduce
 
-    def cut_off(workers: object, parameters: list[torch.Tensor], *rest: torch.Tensor) -> None:
-        for parameter in parameters[2:4]:
+    def cut_off(self: seat.Seat, *also: torch.Tensor) -> None:
+        for parameter in list(self.parameters.values())[2:4]:
             parameter.grad = None
-        real(workers, parameters, *rest)  # pyright: ignore
+        real(self, *also)
 
-    monkeypatch.setattr(loop, "_reduce", cut_off)
+    monkeypatch.setattr(seat.Seat, "_reduce", cut_off)
     with pytest.raises(TrainingError, match=r"2 of 28 adapter tensors.*k_proj\.lora_A"):
         train(recipe)
 
@@ -306,8 +305,8 @@ def test_an_adapter_of_zeros_is_not_committed(tmp_path: Path, tiny_base: Path) -
     recipe = make_recipe(tmp_path, tiny_base)
     real = checkpoint.write_adapter
 
-    def emptied(model: object, target: Path) -> None:
-        real(model, target)  # pyright: ignore
+    def emptied(model: object, target: Path, **options: str) -> None:
+        real(model, target, **options)  # pyright: ignore
         path = target / checkpoint.WEIGHTS
         save_file({n: torch.zeros_like(t) for n, t in load_torch(path).items()}, path)
 

@@ -49,7 +49,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_full_logits(
     results = []
     for way in (chosen, own):
         way.model.zero_grad()
-        loss = way.loss_sum(batch)
+        loss = way.losses(batch).sum()
         loss.backward()
         grads = [p.grad.clone() for p in way.model.parameters() if p.grad is not None]
         results.append((loss.detach(), grads))
@@ -79,9 +79,9 @@ def test_a_model_that_transforms_its_logits_is_found_out(tmp_path: Path) -> None
 def test_cuda_gives_the_loss_of_the_cpu(tiny_base: Path) -> None:
     _, chosen = load(tiny_base)
     (batch,) = packing.plan(rows(), micro_batch_tokens=256, is_packed=True, pad_id=258)
-    expected = chosen.loss_sum(batch).item()
+    expected = chosen.losses(batch).sum().item()
     config = ModelConfig(base=str(tiny_base), quantization="none", precision="fp32")
     base = model_room.load_base(config, device=torch.device("cuda"))
     model, _ = model_room.attach_lora(base, LoraConfig(rank=4), seed=0)
     there = Objective(model=model, accepts_position_ids=True, uses_bare_head=True)
-    assert there.loss_sum(batch.to("cuda")).item() == pytest.approx(expected, rel=1e-4)
+    assert there.losses(batch.to("cuda")).sum().item() == pytest.approx(expected, rel=1e-4)

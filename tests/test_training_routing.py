@@ -68,7 +68,7 @@ def test_two_adapters_side_by_side_are_each_alone(tiny_base: Path) -> None:
             task_type="CAUSAL_LM", r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"]
         ),
     )
-    router = routing.attach(model)
+    routing.attach(model, router)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(2)
         for name, parameter in model.named_parameters():

@@ -20,10 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
 
 from cluster import ownership, storage
 from cluster.errors import AdapterError, StorageError
-from training.model import ADAPTER, trainable
+from training.model import ADAPTER, adapter_parameters
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def save(
     *,
     attempt: int,
     info: Mapping[str, Any],
+    adapter: str = ADAPTER,
 ) -> Path:
     """Commit a checkpoint of `state.step`; nothing is there until all of it is on disk.
 
@@ -75,12 +77,12 @@ def save(
         return final
 
     def write(temporary: Path) -> None:
-        write_adapter(model, temporary)
-        tensors, numbers = _pack_optimizer(model, optimizer)
+        write_adapter(model, temporary, adapter=adapter)
+        tensors, numbers = _pack_optimizer(adapter_parameters(model, adapter), optimizer)
         save_file(tensors, temporary / "optimizer.safetensors")
         body = {"state": asdict(state), "optimizer": numbers}
         (temporary / "state.json").write_text(json.dumps(body, indent=1), encoding="utf-8")
-        check_adapter(temporary, model, must_have_moved=state.applied_steps > 0)
+        check_adapter(temporary, model, must_have_moved=state.applied_steps > 0, adapter=adapter)
 
     storage.commit(
         final,
@@ -108,15 +110,18 @@ def find_latest_valid(run_dir: Path, on_broken: Callable[[str], None] = log.warn
     return None
 
 
-def restore(path: Path, model: PeftModel, optimizer: Optimizer) -> State:
+def restore(path: Path, model: PeftModel, optimizer: Optimizer, *, adapter: str = ADAPTER) -> State:
     """Load a verified checkpoint into a model and optimiser of the same recipe.
 
     Raises AdapterError where its parameters are not those of the model.
     """
-    load_adapter(path, model)
+    load_adapter(path, model, adapter=adapter)
     body = json.loads((path / "state.json").read_text(encoding="utf-8"))
     _unpack_optimizer(
-        model, optimizer, load_file(path / "optimizer.safetensors"), body["optimizer"]
+        adapter_parameters(model, adapter),
+        optimizer,
+        load_file(path / "optimizer.safetensors"),
+        body["optimizer"],
     )
     return State(**body["state"])
 
@@ -131,20 +136,49 @@ def prune(run_dir: Path, *, keep: int, best_step: int | None) -> None:
             shutil.rmtree(doomed)
 
 
-def write_adapter(model: PeftModel, target: Path) -> None:
+def export(
+    source: Path,
+    final: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    attempt: int,
+    info: Mapping[str, Any],
+    is_fenced: Callable[[], bool],
+) -> None:
+    """Commit `final`, the adapter to use, out of a checkpoint: weights, settings and tokenizer."""
+
+    def write(target: Path) -> None:
+        for name in (WEIGHTS, "adapter_config.json"):
+            shutil.copyfile(source / name, target / name)
+        tokenizer.save_pretrained(target)
+
+    storage.commit(
+        final, write, attempt=str(attempt), info=dict(info), is_fenced=is_fenced, replace=True
+    )
+
+
+def write_adapter(model: PeftModel, target: Path, *, adapter: str = ADAPTER) -> None:
     """Write the adapter as PEFT's two files; no embeddings, no model card, no network."""
-    tensors = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    tensors = _adapter_tensors(model, adapter)
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
-    model.peft_config[ADAPTER].save_pretrained(str(target))
+    model.peft_config[adapter].save_pretrained(str(target))
+    path = target / "adapter_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in settings.items():  # PEFT writes sets, in another order in each process
+        if name in ("target_modules", "modules_to_save") and isinstance(value, list):
+            settings[name] = sorted(value)
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def check_adapter(target: Path, model: PeftModel, *, must_have_moved: bool) -> None:
+def check_adapter(
+    target: Path, model: PeftModel, *, must_have_moved: bool, adapter: str = ADAPTER
+) -> None:
     """Reopen a written adapter: keys and shapes of the model, finite, not all of lora_B zero.
 
     Raises AdapterError (alpaca-lora #293: 443-byte adapters that nobody noticed).
     """
-    expected = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    expected = _adapter_tensors(model, adapter)
     moved = False
     with safe_open(target / WEIGHTS, framework="pt") as file:
         if set(file.keys()) != set(expected):
@@ -158,15 +192,20 @@ def check_adapter(target: Path, model: PeftModel, *, must_have_moved: bool) -> N
         raise AdapterError(f"{target.name}: every lora_B is zero; nothing was learned")
 
 
-def load_adapter(path: Path, model: PeftModel) -> None:
+def load_adapter(path: Path, model: PeftModel, *, adapter: str = ADAPTER) -> None:
     """Copy a checkpoint's adapter weights into `model`, in place."""
     tensors = load_file(path / WEIGHTS)
-    own = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    own = _adapter_tensors(model, adapter)
     if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in own.items()}:
         raise AdapterError(f"{path}: its parameters are not those of this recipe's adapter")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+
+
+def _adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """By PEFT's file names, which do not say what the adapter is called."""
+    return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
 
 
 def _steps(run_dir: Path) -> dict[int, Path]:
@@ -176,11 +215,11 @@ def _steps(run_dir: Path) -> dict[int, Path]:
 
 
 def _pack_optimizer(
-    model: PeftModel, optimizer: Optimizer
+    parameters: Mapping[str, Tensor], optimizer: Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, float]] = {}
-    for name, parameter in trainable(model).items():
+    for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"{name}/{key}"] = value.detach().cpu().clone().contiguous()
@@ -190,12 +229,11 @@ def _pack_optimizer(
 
 
 def _unpack_optimizer(
-    model: PeftModel,
+    parameters: Mapping[str, Tensor],
     optimizer: Optimizer,
     tensors: Mapping[str, Tensor],
     numbers: Mapping[str, Mapping[str, float]],
 ) -> None:
-    parameters = trainable(model)
     for name, parameter in parameters.items():
         state: dict[str, Any] = dict(numbers.get(name, {}))
         prefix = f"{name}/"

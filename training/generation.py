@@ -5,7 +5,7 @@ What is not covered: sampling, streaming, many adapters at once; that is the ser
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -28,11 +28,13 @@ def generate(
     batch_size: int,
     pad_id: int,
     on_progress: Callable[[int], None] = lambda _: None,
+    route: Callable[[Sequence[int]], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> list[str]:
     """The most likely continuation of each prompt, up to a stop id, special tokens left out.
 
     Prompts of like length share a batch and are padded on the left. `on_progress` gets the number
-    of prompts answered so far. Raises DataError for an empty prompt and for one that leaves no
+    of prompts answered so far; `route` the numbers of the prompts of a batch, row by row, to say
+    which adapter answers each. Raises DataError for an empty prompt and for one that leaves no
     room for an answer.
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -51,7 +53,8 @@ def generate(
             numbers = order[start : start + batch_size]
             length = max(len(prompts[number]) for number in numbers)
             room = max_new_tokens if limit is None else min(max_new_tokens, limit - length)
-            new_BL = _continue(model, [prompts[n] for n in numbers], room, pad_id)
+            with route(numbers):
+                new_BL = _continue(model, [prompts[n] for n in numbers], room, pad_id)
             for number, ids in zip(numbers, new_BL, strict=True):
                 answers[number] = _decode(tokenizer, ids, stop_ids)
             on_progress(start + len(numbers))

@@ -24,7 +24,7 @@ from training.tokens import Encoded
 
 _PARITY_BOUND = 1e-4
 """Largest difference of packed from separate logits, over the largest logit; half gets 50 times."""
-_TARGET_TOKENS = {"cpu": 1024, "cuda": 8192}
+TARGET_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens of a micro-batch beyond which a device gains nothing more (measured on CPU only)."""
 _USABLE_SHARE = 0.6
 """Of the free memory; the rest is for what is not measured (fragmentation, optimiser, others)."""
@@ -80,7 +80,7 @@ def decide(
     tokens = recipe.memory.micro_batch_tokens
     if tokens == "auto":
         fitting = int(budget / used)
-        tokens = max(longest_tokens, min(_TARGET_TOKENS.get(base.device.type, 1024), fitting))
+        tokens = max(longest_tokens, min(TARGET_TOKENS.get(base.device.type, 1024), fitting))
     why = "as asked" if setting != "auto" else "does not fit without" if is_on else "fits without"
     note = (
         f"{packing_note}; gradient checkpointing {'on' if is_on else 'off'} ({why}: "
@@ -134,7 +134,7 @@ def bytes_per_token(objective: Objective, base: Base, batch: packing.MicroBatch)
 
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), base.autocast():
-        loss = objective.loss_sum(batch)
+        loss = objective.losses(batch).sum()
     del loss
     return sum(kept.values()) / batch.input_ids_BL.numel()
 

@@ -177,39 +177,84 @@ def unloadable(name: str, directory: Path, error: Exception) -> ModelError:
     )
 
 
-def attach_lora(base: Base, config: LoraConfig, *, seed: int) -> tuple[PeftModel, routing.Router]:
+def attach_lora(
+    base: Base, config: LoraConfig, *, seed: int, adapter: str = ADAPTER
+) -> tuple[PeftModel, routing.Router]:
     """Hang a fresh adapter on `base`; B is zero, A is drawn from `seed` alone.
 
     Raises ConfigError where target names match no linear layer.
     """
-    targets = _targets(base.model, config)
-    lora = peft.LoraConfig(
+    with _drawing_from(base, seed):
+        model = peft.get_peft_model(base.model, _peft_config(base, config), adapter_name=adapter)
+    router = routing.Router()
+    _make_ready(model, router)
+    return model, router
+
+
+def add_lora(
+    model: PeftModel,
+    router: routing.Router,
+    base: Base,
+    config: LoraConfig,
+    *,
+    seed: int,
+    adapter: str,
+) -> None:
+    """Hang one more adapter on a model of `attach_lora`: drawn as it would be on the bare base.
+
+    Raises ConfigError where target names match no linear layer.
+    """
+    with _drawing_from(base, seed):
+        model.add_adapter(adapter, _peft_config(base, config))
+    _make_ready(model, router)
+
+
+def _peft_config(base: Base, config: LoraConfig) -> peft.LoraConfig:
+    return peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
         lora_alpha=config.alpha or config.rank,  # pyright: ignore[reportArgumentType]
         lora_dropout=config.dropout,
-        target_modules=targets,
+        target_modules=_targets(base.model, config),
         bias="none",
         use_rslora=config.variant == "rslora",
         use_dora=config.variant == "dora",
         base_model_name_or_path=base.name,
     )
+
+
+@contextlib.contextmanager
+def _drawing_from(base: Base, seed: int) -> Iterator[None]:
     devices = [base.device] if base.device.type == "cuda" else []
     with torch.random.fork_rng(devices), warnings.catch_warnings():
         # PEFT sets fan_in_fan_out itself for GPT-2's Conv1D, and warns that it did.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         torch.manual_seed(seed)
-        model = peft.get_peft_model(base.model, lora, autocast_adapter_dtype=True)
-    for parameter in trainable(model).values():
-        parameter.data = parameter.data.float()
-    router = routing.attach(model)
+        yield
+
+
+def _make_ready(model: PeftModel, router: routing.Router) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(True)  # PEFT freezes all adapters but the active one
+            parameter.data = parameter.data.float()
+    routing.attach(model, router)
     check_dtypes(model)
-    return model, router
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters by name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def adapter_parameters(model: nn.Module, adapter: str = ADAPTER) -> dict[str, nn.Parameter]:
+    """The trainable parameters of one adapter, by the names that they have where it is alone."""
+    ending = f".{adapter}.weight"
+    return {
+        f"{name.removesuffix(ending)}.{ADAPTER}.weight": parameter
+        for name, parameter in trainable(model).items()
+        if name.endswith(ending)
+    }
 
 
 def check_dtypes(model: nn.Module) -> None:
@@ -232,9 +277,9 @@ def linear_layers(model: nn.Module) -> list[str]:
     """Full names of the linear layers that can carry an adapter, the head excluded."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     return [
-        name
+        name.removesuffix(".base_layer")
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and ".lora_" not in name
     ]
 
 

@@ -1,4 +1,4 @@
-"""Loss on supervised tokens only, in chunks, summed with its own token count.
+"""Losses of supervised tokens only, in chunks.
 
 The head is frozen, so the gradient of the loss with respect to the hidden states is taken in the
 forward pass, chunk by chunk: the logits of the whole vocabulary never exist for more than one
@@ -25,7 +25,7 @@ CHUNK = 256
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """Sum of cross entropies of `hidden_NH @ weight_VH.T + bias_V`, differentiable in hidden."""
+    """Cross entropies (N,) of `hidden_NH @ weight_VH.T + bias_V`, differentiable in hidden."""
 
     @staticmethod
     def forward(
@@ -37,25 +37,25 @@ class _FrozenHeadLoss(torch.autograd.Function):
     ) -> Tensor:
         wants_grad = ctx.needs_input_grad[0]
         grad_NH = torch.empty_like(hidden_NH, dtype=torch.float32) if wants_grad else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden_NH.device)
+        loss_N = torch.empty(len(target_N), dtype=torch.float32, device=hidden_NH.device)
         for start in range(0, len(target_N), CHUNK):
             rows = slice(start, start + CHUNK)
             logits_NV = F.linear(hidden_NH[rows].to(weight_VH.dtype), weight_VH, bias_V).float()
             target = target_N[rows, None]
             norm_N = logits_NV.logsumexp(-1, keepdim=True)
-            total += (norm_N - logits_NV.gather(-1, target)).sum()
+            loss_N[rows] = (norm_N - logits_NV.gather(-1, target)).squeeze(-1)
             if grad_NH is not None:
                 probs_NV = logits_NV.sub_(norm_N).exp_()
                 probs_NV.scatter_add_(-1, target, torch.full_like(norm_N, -1.0))
                 grad_NH[rows] = (probs_NV.to(weight_VH.dtype) @ weight_VH).float()
         ctx.grad_NH = grad_NH
         ctx.dtype = hidden_NH.dtype
-        return total
+        return loss_N
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad,) = grad_outputs
-        return (ctx.grad_NH * grad).to(ctx.dtype), None, None, None
+        (grad_N,) = grad_outputs
+        return (ctx.grad_NH * grad_N[:, None]).to(ctx.dtype), None, None, None
 
 
 def shifted_targets(batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -86,16 +86,16 @@ class Objective:
     uses_bare_head: bool
     """False where the model transforms its logits (soft caps, scales): found by `probe`."""
 
-    def loss_sum(self, batch: MicroBatch) -> Tensor:
-        """Sum of the cross entropies of the batch's supervised tokens, fp32, on its device."""
+    def losses(self, batch: MicroBatch) -> Tensor:
+        """Cross entropies (N,) of the batch's supervised tokens, row by row, in fp32."""
         position_N, target_N = shifted_targets(batch)
         if self.uses_bare_head:
             hidden_NH = self._hidden(batch).flatten(0, 1)[position_N]
             head: Any = _bare(self.model).get_output_embeddings()
-            loss: Any = _FrozenHeadLoss.apply(hidden_NH, head.weight, head.bias, target_N)
-            return loss
+            loss_N: Any = _FrozenHeadLoss.apply(hidden_NH, head.weight, head.bias, target_N)
+            return loss_N
         logits_NV = self.logits(batch).flatten(0, 1)[position_N]
-        return F.cross_entropy(logits_NV.float(), target_N, reduction="sum")
+        return F.cross_entropy(logits_NV.float(), target_N, reduction="none")
 
     def logits(self, batch: MicroBatch) -> Tensor:
         """The model's own logits (B, L, V)."""
@@ -121,7 +121,7 @@ def probe(
     bare = Objective(model=model, accepts_position_ids=takes, uses_bare_head=True)
     with torch.no_grad(), autocast():
         try:
-            fits = torch.allclose(own.loss_sum(batch), bare.loss_sum(batch), rtol=1e-3)
+            fits = torch.allclose(own.losses(batch).sum(), bare.losses(batch).sum(), rtol=1e-3)
         except (AttributeError, TypeError, NotImplementedError):  # no decoder or head to be had
             fits = False
     return bare if fits else own

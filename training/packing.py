@@ -100,6 +100,32 @@ def plan(
     return [_build(rows, examples, is_packed=is_packed, pad_id=pad_id) for rows in best]
 
 
+def join(batches: Sequence[MicroBatch], *, pad_id: int) -> MicroBatch:
+    """The rows of several micro-batches, one below the other, padded to the widest.
+
+    `example` of a segment is its position in its own micro-batch's list. One micro-batch comes
+    back as it is.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    width = max(batch.input_ids_BL.shape[1] for batch in batches)
+    segments: list[Segment] = []
+    num_rows = 0
+    for batch in batches:
+        segments += [replace(s, row=s.row + num_rows) for s in batch.segments]
+        num_rows += len(batch.input_ids_BL)
+    masks = [b.attention_mask_BL for b in batches if b.attention_mask_BL is not None]
+    assert len(masks) in (0, len(batches)), "packed and padded rows do not go together"
+    return MicroBatch(
+        input_ids_BL=torch.cat([_widen(b.input_ids_BL, width, pad_id) for b in batches]),
+        # New columns count from 0, a sequence of its own, which no example sees.
+        position_ids_BL=torch.cat([_widen(b.position_ids_BL, width, None) for b in batches]),
+        labels_BL=torch.cat([_widen(b.labels_BL, width, IGNORE) for b in batches]),
+        attention_mask_BL=torch.cat([_widen(m, width, 0) for m in masks]) if masks else None,
+        segments=tuple(segments),
+    )
+
+
 def parity_probe(
     logits_of: Callable[[MicroBatch], Tensor], *, vocab_size: int, pad_id: int
 ) -> float:
@@ -123,6 +149,13 @@ def parity_probe(
             worst = torch.maximum(worst, (alone_LV - beside_LV).abs().max())
             scale = torch.maximum(scale, alone_LV.abs().max())
     return float(worst / scale)
+
+
+def _widen(tensor_BL: Tensor, width: int, value: int | None) -> Tensor:
+    """Columns of `value` on the right up to `width`; None counts them up from 0."""
+    rows, before = tensor_BL.shape
+    more = torch.arange(width - before, device=tensor_BL.device).expand(rows, -1)
+    return torch.cat([tensor_BL, more if value is None else torch.full_like(more, value)], dim=1)
 
 
 def _layout(

@@ -12,7 +12,7 @@ What is not covered: DoRA, whose layers keep PEFT's forward.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -36,10 +36,11 @@ class Span:
 
 
 class Router:
-    """The current spans, shared by a model's LoRA layers; None routes all to the active adapter."""
+    """Which adapter each token goes to, shared by a model's LoRA layers; else the active one."""
 
     def __init__(self) -> None:
         self.spans: tuple[Span, ...] | None = None
+        self.rows: tuple[str, ...] | None = None
 
     @contextmanager
     def use(self, spans: tuple[Span, ...]) -> Iterator[None]:
@@ -50,18 +51,28 @@ class Router:
         finally:
             self.spans = None
 
+    @contextmanager
+    def by_row(self, adapters: Sequence[str]) -> Iterator[None]:
+        """Route row i of every batch inside the block to adapters[i]; one name takes all rows."""
+        self.rows = tuple(adapters)
+        try:
+            yield
+        finally:
+            self.rows = None
 
-def attach(model: PeftModel) -> Router:
-    """Replace the forward of the plain LoRA layers of `model`; returns their shared router."""
-    router = Router()
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
-    for index, layer in enumerate(layers):
-        if layer.lora_variant:  # DoRA
-            continue
-        layer._loray_router = router
-        layer._loray_index = index
-        layer.forward = MethodType(_forward, layer)
-    return router
+
+def attach(model: PeftModel, router: Router) -> None:
+    """Replace the forward of the plain LoRA layers of `model`, which share `router` from then on.
+
+    Wants to be called again when an adapter was added: it may have come with layers of its own.
+    """
+    modules: Any = model.named_modules()
+    for name, layer in modules:
+        if isinstance(layer, LoraLayer) and not layer.lora_variant:  # a variant is DoRA
+            own: Any = layer
+            own._loray_router = router
+            own._loray_key = _seed((name,))
+            own.forward = MethodType(_forward, layer)
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
@@ -72,13 +83,16 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     if out._is_view():  # bitsandbytes' 4-bit output; autograd forbids writing into it
         out = out.clone()
     x = x.to(out.dtype)  # under autocast the base has computed in half precision
-    spans = layer._loray_router.spans
+    router: Router = layer._loray_router
     tokens = x.numel() // x.shape[-1]
-    if spans is None:
-        groups = [(name, 0, tokens) for name in layer.active_adapters if name in names]
+    if router.spans is not None:
+        groups = _merge_neighbours(router.spans)
+        x = _drop(layer, x, router.spans)
+    elif router.rows is not None:
+        groups = _merge_neighbours(_of_rows(router.rows, tokens // len(router.rows)))
     else:
-        groups = _merge_neighbours([s for s in spans if s.adapter in names])
-        x = _drop(layer, x, spans)
+        groups = [(name, 0, tokens) for name in layer.active_adapters]
+    groups = [group for group in groups if group[0] in names]
     if not groups:
         return out
     weights: list[Tensor] = []
@@ -89,7 +103,7 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     return routed
 
 
-def _merge_neighbours(spans: list[Span]) -> list[tuple[str, int, int]]:
+def _merge_neighbours(spans: tuple[Span, ...]) -> list[tuple[str, int, int]]:
     """Runs of one adapter's tokens, padding in between included: one product for each run."""
     groups: list[tuple[str, int, int]] = []
     for span in sorted(spans, key=lambda s: s.start):
@@ -98,6 +112,13 @@ def _merge_neighbours(spans: list[Span]) -> list[tuple[str, int, int]]:
         else:
             groups.append((span.adapter, span.start, span.stop))
     return groups
+
+
+def _of_rows(adapters: tuple[str, ...], length: int) -> tuple[Span, ...]:
+    return tuple(
+        Span(adapter=adapter, start=row * length, stop=(row + 1) * length)
+        for row, adapter in enumerate(adapters)
+    )
 
 
 def _drop(layer: Any, x: Tensor, spans: tuple[Span, ...]) -> Tensor:
@@ -112,7 +133,7 @@ def _drop(layer: Any, x: Tensor, spans: tuple[Span, ...]) -> Tensor:
     for span in spans:
         rate = rates.get(span.adapter, 0.0)
         if rate:
-            key = (*span.key, layer._loray_index)
+            key = (*span.key, layer._loray_key)
             generator = torch.Generator(device=x.device).manual_seed(_seed(key))
             rows = keep_TI[span.start : span.stop]
             rows.copy_(torch.rand(rows.shape, generator=generator, device=x.device) >= rate)
@@ -120,7 +141,7 @@ def _drop(layer: Any, x: Tensor, spans: tuple[Span, ...]) -> Tensor:
     return x * keep_TI.view_as(x)
 
 
-def _seed(key: tuple[int, ...]) -> int:
+def _seed(key: tuple[int | str, ...]) -> int:
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

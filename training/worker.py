@@ -5,7 +5,6 @@ import json
 import logging
 import platform
 import resource
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from training.config import TrainRecipe
 from training.events import EventLog
 from training.memory import MemoryPlan
 from training.model import Base
+from training.seat import Trunk
 from training.strategy import Workers
 
 log = logging.getLogger(__name__)
@@ -95,13 +95,9 @@ def _run(
         recipe=recipe,
         run_dir=run_dir,
         attempt=attempt,
-        base=base,
-        model=peft_model,
-        router=router,
-        objective=chosen,
+        trunk=Trunk(base=base, objective=chosen, router=router, memory=plan),
         batches=batches,
         eval_examples=data.eval if data.eval is not None else (),
-        memory=plan,
         workers=workers,
         events=events,
         info=provenance(recipe, base, data),
@@ -138,22 +134,16 @@ def _finish(
     wants_best = job.recipe.evaluation.best == "loss" and state.best_step is not None
     step = state.best_step if wants_best and state.best_step is not None else state.step
     source = checkpoint.directory(job.run_dir, step)
-    checkpoint.load_adapter(source, job.model)
+    checkpoint.load_adapter(source, job.trunk.model)
     scores = _evaluate(job, data, state)
     final = job.run_dir / "adapter"
-
-    def write(target: Path) -> None:
-        for name in (checkpoint.WEIGHTS, "adapter_config.json"):
-            shutil.copyfile(source / name, target / name)
-        job.base.tokenizer.save_pretrained(target)
-
-    storage.commit(
+    checkpoint.export(
+        source,
         final,
-        write,
-        attempt=str(job.attempt),
+        job.trunk.base.tokenizer,
+        attempt=job.attempt,
         info={**job.info, "step": step, "eval": scores},
         is_fenced=lambda: not ownership.is_current_attempt(job.run_dir, job.attempt),
-        replace=True,
     )
     seconds = state.train_s
     job.report(
@@ -190,7 +180,9 @@ def _evaluate(job: loop.Job, data: dataset.Dataset, state: State) -> dict[str, A
             format=job.recipe.data.format,
             on_bad_row=job.recipe.data.on_bad_row,
         )
-        result = evaluate.evaluate(job.base, job.model, rows.examples, data.encoder, generated)
+        result = evaluate.evaluate(
+            job.trunk.base, job.trunk.model, rows.examples, data.encoder, generated
+        )
         scores |= {name: config.plain(estimate) for name, estimate in result.metrics.items()}
     return scores
 
