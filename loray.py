@@ -11,6 +11,7 @@ import typer
 from cluster import __version__, command, config
 from training.__main__ import Overrides, Recipe, train
 from training.config import TrainRecipe
+from tune_spaces.__main__ import search
 
 app = typer.Typer(
     add_completion=False,
@@ -19,6 +20,7 @@ app = typer.Typer(
     help="Fine-tune, search and serve LoRA adapters on your own machines.",
 )
 app.command()(train)
+app.command()(search)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, the last line.")]
 Adapter = Annotated[str, typer.Argument(help="An adapter directory.", show_default=False)]
@@ -40,9 +42,12 @@ def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def schema(kind: Annotated[Literal["train"], typer.Argument()] = "train") -> None:
-    """Print the JSON Schema of a recipe, for editors."""
-    print(json.dumps(config.schema(TrainRecipe), indent=2))
+def schema(kind: Annotated[Literal["train", "search"], typer.Argument()] = "train") -> None:
+    """Print the JSON Schema of a recipe or a search file, for editors."""
+    from tune_spaces import config as search_config
+
+    tree = config.schema(TrainRecipe) if kind == "train" else search_config.schema()
+    print(json.dumps(tree, indent=2))
 
 
 @app.command()

@@ -70,7 +70,7 @@ def load(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     """Read a file, apply `section.field=value` overrides in order, and build `cls`."""
     tree = read(path)
     for override in overrides:
-        _apply(cls, tree, override)
+        apply_override(cls, tree, override)
     return build(cls, tree, where=str(path))
 
 
@@ -107,7 +107,8 @@ def nearest(word: str, words: Sequence[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def _apply(cls: type, tree: dict[str, Any], override: str) -> None:
+def apply_override(cls: type, tree: dict[str, Any], override: str) -> None:
+    """Set one `section.field=value`, a field of `cls`, in a tree that `build` takes."""
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise ConfigError(f"override {override!r}: expected section.field=value")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import VOCAB_SIZE, make_base
 from transformers import AutoModelForCausalLM
 
-from training.packing import MicroBatch, parity_probe, plan
+from training.packing import MicroBatch, join, parity_probe, plan
 from training.tokens import IGNORE, Encoded
 
 PAD = 258
@@ -161,3 +161,35 @@ def test_probe_does_not_hide_logits_that_are_not_finite() -> None:
         return torch.full((*batch.input_ids_BL.shape, VOCAB_SIZE), float("nan"))
 
     assert not parity_probe(broken, vocab_size=VOCAB_SIZE, pad_id=PAD) <= 1e-4
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_joined_micro_batches_keep_their_rows(is_packed: bool) -> None:
+    parts = [
+        plan(
+            [encoded(size, size) for size in sizes],
+            micro_batch_tokens=100,
+            is_packed=is_packed,
+            pad_id=PAD,
+        )[0]
+        for sizes in ((20, 9, 9), (31, 30, 5), (4,))
+    ]
+    whole = join(parts, pad_id=PAD)
+    row = 0
+    for part in parts:
+        rows, width = part.input_ids_BL.shape
+        there = (slice(row, row + rows), slice(width))
+        assert torch.equal(whole.input_ids_BL[there], part.input_ids_BL)
+        assert torch.equal(whole.labels_BL[there], part.labels_BL)
+        assert torch.equal(whole.position_ids_BL[there], part.position_ids_BL)
+        more = (slice(row, row + rows), slice(width, None))
+        assert (whole.input_ids_BL[more] == PAD).all()
+        assert (whole.labels_BL[more] == IGNORE).all()
+        assert (whole.attention_mask_BL is None) == is_packed
+        if whole.attention_mask_BL is not None:
+            assert not whole.attention_mask_BL[more].any()
+        row += rows
+    assert row == len(whole.input_ids_BL)
+    assert whole.num_supervised_tokens == sum(part.num_supervised_tokens for part in parts)
+    assert whole.num_real_tokens == sum(part.num_real_tokens for part in parts)
+    assert join(parts[:1], pad_id=PAD) is parts[0]

@@ -60,8 +60,9 @@ def test_one_adapter_is_what_peft_computes(
         torch.testing.assert_close(grad, peft_grads[name], rtol=1e-4, atol=1e-7)
 
 
-def test_two_adapters_side_by_side_are_each_alone(tiny_base: Path) -> None:
-    model, router = build(tiny_base)
+def build_two(base: Path) -> tuple[PeftModel, Router]:
+    """Beside `default`, an adapter `other` of another rank on fewer layers."""
+    model, router = build(base)
     model.add_adapter(
         "other",
         model.peft_config["default"].__class__(
@@ -74,6 +75,37 @@ def test_two_adapters_side_by_side_are_each_alone(tiny_base: Path) -> None:
         for name, parameter in model.named_parameters():
             if "lora_B.other" in name:
                 parameter.normal_(std=0.1)
+    return model, router
+
+
+def test_rows_go_to_their_adapters_and_one_name_takes_them_all(tiny_base: Path) -> None:
+    model, router = build_two(tiny_base)
+    ids = torch.randint(0, 255, (4, 10), generator=torch.Generator().manual_seed(0))
+    names = ["default", "other", "default", "nobody"]
+    with router.by_row(names):
+        mixed = model(input_ids=ids, use_cache=False).logits
+    for row, name in enumerate(names):
+        with router.by_row([name]):
+            alone = model(input_ids=ids[row : row + 1], use_cache=False).logits
+        torch.testing.assert_close(mixed[row], alone[0], rtol=0, atol=1e-6)
+    with router.by_row(["other"]):
+        assert not torch.allclose(model(input_ids=ids, use_cache=False).logits[0], mixed[0])
+    assert router.rows is None
+
+
+def test_an_adapter_never_runs_over_a_neighbour_that_a_layer_does_not_know(tiny_base: Path) -> None:
+    model, router = build_two(tiny_base)
+    ids = torch.randint(0, 255, (3, 10), generator=torch.Generator().manual_seed(0))
+    names = ["default", "other", "default"]  # `other` is not in every layer
+    with router.by_row(names):
+        mixed = model(input_ids=ids, use_cache=False).logits
+    with router.by_row(["other"]):
+        alone = model(input_ids=ids[1:2], use_cache=False).logits
+    torch.testing.assert_close(mixed[1], alone[0], rtol=0, atol=1e-6)
+
+
+def test_two_adapters_side_by_side_are_each_alone(tiny_base: Path) -> None:
+    model, router = build_two(tiny_base)
     ids = torch.randint(0, 255, (3, 10), generator=torch.Generator().manual_seed(0))
     with router.use(
         (Span(adapter="default", start=0, stop=10), Span(adapter="other", start=10, stop=20))

@@ -4,14 +4,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import yaml
 from local_cluster import local_cluster
+from processes import call, finish, start, wait_until
 from ray.job_submission import JobSubmissionClient
 from runs import adapter_bytes, events_of, make_recipe, run_dir_of, train
 
@@ -19,53 +18,11 @@ from cluster import config, ownership
 from training.config import TrainRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
-DEADLINE_S = 180
 
 
 def write_recipe(recipe: TrainRecipe, path: Path) -> Path:
     path.write_text(yaml.safe_dump(config.plain(recipe)), encoding="utf-8")
     return path
-
-
-def start(
-    words: Sequence[str], cwd: Path, extra: Mapping[str, str] | None = None
-) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    environment.pop("RAY_ADDRESS", None)
-    environment |= extra or {}
-    return subprocess.Popen(
-        [sys.executable, "-m", *words],
-        cwd=cwd,
-        env=environment,
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-
-
-def finish(process: "subprocess.Popen[str]", answers: str = "") -> tuple[int, str, str]:
-    try:
-        out, err = process.communicate(answers, timeout=DEADLINE_S)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, out, err
-
-
-def call(
-    words: Sequence[str], cwd: Path, extra: Mapping[str, str] | None = None
-) -> tuple[int, str, str]:
-    return finish(start(words, cwd, extra))
-
-
-def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "nothing happened in time"
-        time.sleep(0.05)
 
 
 @pytest.mark.ray

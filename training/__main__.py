@@ -40,19 +40,19 @@ def train(
 
     try:
         with view.watching() as watch:
-            result = run.train(chosen, say=_say, watch=watch, address=address)
+            result = run.train(chosen, say=say, watch=watch, address=address)
     except KeyboardInterrupt:
-        _say("stopped at once; the same command resumes from the last checkpoint")
+        say("stopped at once; the same command resumes from the last checkpoint")
         raise typer.Exit(130) from None
     if as_json:
         print(json.dumps(result), flush=True)
     else:
-        _say(
+        say(
             f"adapter {result['adapter']} (step {result['steps']}, loss "
             f"{result['final_loss']:.4f}, {result['real_tokens_per_s']:.0f} real tokens/s)"
         )
     if result["was_stopped"]:
-        _say("stopped early; the same command resumes")
+        say("stopped early; the same command resumes")
         raise typer.Exit(130)
 
 
@@ -60,7 +60,7 @@ def _submit(recipe: Path, overrides: list[str], *, as_json: bool, address: str |
     words = ["python", "-m", "training", str(recipe), *overrides, *(["--json"] if as_json else [])]
     where = address or "http://127.0.0.1:8265"
     job_id = jobs.submit(words, address=where, working_dir=Path.cwd())
-    _say(f"job {job_id} on {where}: {shlex.join(words)}")
+    say(f"job {job_id} on {where}: {shlex.join(words)}")
     try:
         return jobs.follow(job_id, address=where)
     except KeyboardInterrupt:
@@ -69,7 +69,8 @@ def _submit(recipe: Path, overrides: list[str], *, as_json: bool, address: str |
         return 130
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """One line for people, on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -126,6 +126,23 @@ def restore(path: Path, model: PeftModel, optimizer: Optimizer, *, adapter: str 
     return State(**body["state"])
 
 
+def adopt(source: Path, target: Path) -> None:
+    """Give run `target` the newest valid checkpoint of run `source` in place of its own.
+
+    Raises StorageError where `source` has none.
+    """
+    found = find_latest_valid(source)
+    if found is None:
+        raise StorageError(f"{source} has no checkpoint to go on from")
+    final = target / "checkpoints"
+    fresh = target / f".tmp-adopt-{found.name}"
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(found, fresh / found.name)
+    if final.exists():
+        shutil.rmtree(final.rename(target / ".tmp-adopted"))
+    fresh.rename(final)
+
+
 def prune(run_dir: Path, *, keep: int, best_step: int | None) -> None:
     """Remove all but the newest `keep` checkpoints and the best one."""
     steps = _steps(run_dir)
@@ -155,6 +172,15 @@ def export(
     storage.commit(
         final, write, attempt=str(attempt), info=dict(info), is_fenced=is_fenced, replace=True
     )
+
+
+def is_export_of(final: Path, source: Path) -> bool:
+    """Whether a committed adapter holds the weights of a checkpoint."""
+    try:
+        entries = [storage.read_manifest(path).files[WEIGHTS] for path in (final, source)]
+    except (StorageError, KeyError):
+        return False
+    return entries[0] == entries[1]
 
 
 def write_adapter(model: PeftModel, target: Path, *, adapter: str = ADAPTER) -> None:

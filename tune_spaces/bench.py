@@ -242,9 +242,11 @@ class Bench:
     def export(self, trial: str) -> Path:
         """Commit `<run>/adapter`, the adapter to use, as the trial stands now."""
         place = self._places[trial]
-        final = place.run_dir / "adapter"
+        final, source = place.run_dir / "adapter", self.save(trial)
+        if checkpoint.is_export_of(final, source):
+            return final
         checkpoint.export(
-            self.save(trial),
+            source,
             final,
             self.trunk.base.tokenizer,
             attempt=place.attempt,

@@ -1,0 +1,176 @@
+"""Whole searches on a tiny base, through real Ray Tune."""
+
+import csv
+import json
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from processes import call, finish, start, wait_until
+from runs import write_rows
+from safetensors.numpy import load_file
+
+from cluster import storage
+from tune_spaces import record as records
+from tune_spaces.__main__ import main
+
+
+def write_search(directory: Path, base: Path, name: str = "found", **settings: Any) -> Path:
+    """A search of few small trials; `search` and `space` in settings win over the defaults."""
+    data = directory / "train.jsonl"
+    if not data.exists():
+        write_rows(data)
+        write_rows(directory / "eval.jsonl", 12)
+        write_rows(directory / "test.jsonl", 9)
+    tree: dict[str, Any] = {
+        "name": name,
+        "storage": str(directory / "runs"),
+        "model": {"base": str(base), "quantization": "int8"},
+        "data": {"train": str(data), "eval": str(directory / "eval.jsonl"), "max_length": 128},
+        "optim": {"max_steps": 16, "global_batch_size": 4},
+        "space": {
+            "lora.rank": [2, 4, 8],
+            "optim.learning_rate_at_rank_16": {"log_uniform": [1e-3, 3e-2]},
+        },
+        **settings,
+    }
+    tree["search"] = {
+        "trials": 6,
+        "seats": 3,
+        "scheduler": "asha",
+        "searcher": "random",
+        "finalists": 2,
+        "seeds": 2,
+        "test": str(directory / "test.jsonl"),
+        "fill_window_s": 5,
+        **settings.get("search", {}),
+    }
+    path = directory / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def result_of(out: str) -> Mapping[str, Any]:
+    return json.loads(out.strip().splitlines()[-1])
+
+
+@pytest.mark.ray
+def test_a_search_finds_a_winner_and_leaves_everything(tmp_path: Path, tiny_base: Path) -> None:
+    path = write_search(tmp_path, tiny_base)
+    status, out, err = call(["tune_spaces", path.name, "--json"], tmp_path)
+    assert status == 0, err
+    result = result_of(out)
+    directory = Path(result["search_dir"])
+    assert result["trials"] == 6
+    assert result["finished"] + result["stopped"] == 6
+    assert result["finished"] >= 1
+    assert result["best_metric"] < result["base_metric"]
+    assert result["isolation"] == "exact"
+    record = records.read(directory)
+    assert record.winner is not None
+    assert record.winner.test_n == 9
+    assert len(record.finalists) == min(2, result["finished"])
+    assert all(len(finalist.seeds) == 2 for finalist in record.finalists)
+    assert all(trial.reason for trial in record.trials if trial.state == "stopped")
+    with (directory / "trials.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 6
+    assert "won" in (directory / "report.html").read_text() or record.winner.is_tie
+    storage.verify(directory / "best")
+    status, out, err = call(["training", str(directory / "best.yaml"), "--json"], tmp_path)
+    assert status == 0, err
+    again = load_file(Path(result_of(out)["adapter"]) / "adapter_model.safetensors")
+    best = load_file(directory / "best" / "adapter_model.safetensors")
+    assert again.keys() == best.keys()
+    assert max(float(abs(again[name] - best[name]).max()) for name in best) < 1e-4
+    status, _, err = call(["tune_spaces", path.name], tmp_path)
+    assert status == 1
+    assert "--resume" in err
+
+
+@pytest.mark.ray
+@pytest.mark.chaos
+def test_a_killed_search_goes_on_and_nothing_runs_twice(tmp_path: Path, tiny_base: Path) -> None:
+    settings = {
+        "optim": {"max_steps": 60, "global_batch_size": 4},
+        "search": {"scheduler": "fifo", "trials": 4, "seats": 2, "searcher": "optuna"},
+    }
+    path = write_search(tmp_path, tiny_base, **settings)
+    directory = tmp_path / "runs" / "found"
+    process = start(["loray", "search", path.name], tmp_path)
+    wait_until(lambda: len(list(directory.glob("trials/*/adapter/manifest.json"))) >= 1, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    finish(process)
+    first = next(directory.glob("trials/*/adapter")).stat().st_ino
+    status, out, err = call(["loray", "search", path.name, "--resume", "--json"], tmp_path)
+    assert status == 0, err
+    result = result_of(out)
+    assert (result["trials"], result["finished"]) == (4, 4)
+    record = records.read(directory)
+    assert {trial.history[-1][0] for trial in record.trials} == {record.trials[0].tokens}
+    assert first in {path.stat().st_ino for path in directory.glob("trials/*/adapter")}
+
+
+@pytest.mark.ray
+def test_trials_that_all_diverge_end_the_search_with_the_reason(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    space = {"optim.learning_rate": [8.0, 9.0]}
+    path = write_search(
+        tmp_path, tiny_base, space=space, search={"searcher": "grid", "scheduler": "fifo"}
+    )
+    status, _, err = call(["tune_spaces", path.name, "optim.max_grad_norm=0"], tmp_path)
+    assert status == 1
+    assert "no trial finished: " in err
+    assert "diverged" in err or "not step" in err
+    assert (tmp_path / "runs" / "found" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere.yaml"], "no such file"),
+        (["FILE", "search.trails=4"], "Did you mean 'trials'"),
+        (["FILE", "search.metric=loss"], "allowed: eval_loss"),
+        (["FILE", "space=rank_l"], "Did you mean 'rank_lr'"),
+        (["FILE", "data.eval=null"], "data.eval"),
+        (["FILE", "search.mode=solo"], "not part of this release"),
+        (["FILE", "search.scheduler=pb2"], "use pbt"),
+        (["FILE", "--resume"], "no search to resume"),
+        (["FILE", "--address", "127.0.0.1:1"], "cannot be reached"),
+    ],
+)
+def test_bad_input_ends_with_one_message_and_status_1(
+    tmp_path: Path,
+    tiny_base: Path,
+    words: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    path = write_search(tmp_path, tiny_base)
+    assert main([str(path) if word == "FILE" else word for word in words]) == 1
+    err = capsys.readouterr().err
+    assert message in err[err.rindex("error [") :]
+    assert "Traceback" not in err
+
+
+def test_another_search_s_directory_is_refused_with_the_difference(
+    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tune_spaces import config, search
+
+    path = write_search(tmp_path, tiny_base)
+    directory = tmp_path / "runs" / "found"
+    directory.mkdir(parents=True)
+    search._claim(directory, config.load(path), resume=False)
+    with pytest.raises(ValueError, match=r"search\.seed: 0 -> 3"):
+        search._claim(directory, config.load(path, ["search.seed=3"]), resume=True)
+    (directory / "config.json").unlink()
+    (directory / "recipe.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a training run"):
+        search._claim(directory, config.load(path), resume=False)

@@ -1,0 +1,199 @@
+"""All benches of a search, as its driver sees them: one for each device of the cluster."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster import config
+from cluster.errors import ClusterError
+from training.config import TrainRecipe
+from tune_spaces.actor import CALLERS, BenchActor
+from tune_spaces.bench import BASE
+
+_CALL_TIMEOUT_S = 24 * 3600.0
+TO_THE_END = 1 << 60
+"""More supervised tokens than any schedule has."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hall:
+    """Named bench actors; trials find them by name, so that a restarted driver does too."""
+
+    namespace: str
+    names: tuple[str, ...]
+    seats: int
+    """Of all benches together."""
+    actors: tuple[Any, ...]
+
+    @classmethod
+    def open(
+        cls,
+        recipe: TrainRecipe,
+        directory: Path,
+        *,
+        seats: int,
+        fill_window_s: float,
+        timeout_s: float,
+    ) -> Self:
+        """Start a bench on each device, and wait until all have loaded the base.
+
+        seats: of each bench. Raises ClusterError after `timeout_s`; what a bench raises comes
+        through.
+        """
+        namespace = f"loray-search-{recipe.name}"
+        places = _places()
+        actors: list[Any] = []
+        names = tuple(f"bench{number}" for number in range(len(places)))
+        for name, place in zip(names, places, strict=True):
+            remote: Any = ray.remote(BenchActor)
+            actor = remote.options(
+                name=name,
+                namespace=namespace,
+                max_concurrency=CALLERS,
+                max_restarts=-1,
+                scheduling_strategy=place.strategy,
+                num_cpus=place.num_cpus,
+                num_gpus=place.num_gpus,
+            ).remote(
+                config.plain(recipe),
+                str(directory),
+                seats=seats,
+                threads=place.threads,
+                fill_window_s=fill_window_s,
+                name=name,
+            )
+            actors.append(actor)
+        hall = cls(
+            namespace=namespace, names=names, seats=seats * len(actors), actors=tuple(actors)
+        )
+        try:
+            ray.get([actor.ready.remote() for actor in actors], timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            raise ClusterError(
+                f"{len(actors)} benches did not load the base within {timeout_s:.0f} s; see "
+                "Ray's logs of the actors named bench0, bench1, ..."
+            ) from None
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        return hall
+
+    def call(self, bench: int, method: str, *arguments: Any) -> Any:
+        """What a method of a bench returns or raises."""
+        future = getattr(self.actors[bench], method).remote(*arguments)
+        try:
+            return ray.get(future, timeout=_CALL_TIMEOUT_S)
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+
+    def size(self) -> tuple[int, int]:
+        """Training examples, and their supervised tokens."""
+        num_examples, num_supervised = self.call(0, "size")
+        return num_examples, num_supervised
+
+    def base_loss(self) -> float | None:
+        """Of the bare base, on the evaluation data; None without any."""
+        return self.call(0, "base_loss")
+
+    def scores(
+        self, recipes: Mapping[str, TrainRecipe], metric: str, source: str | None = None
+    ) -> dict[str, dict[str, list[float]]]:
+        """Train each recipe to its end (or only load it) and score it, example by example.
+
+        Recipes that fit on the first bench's seats share one pass; see `BenchActor.scores`.
+        """
+        names = [name for name in recipes if name != BASE]
+        found: dict[str, dict[str, list[float]]] = {}
+        per_bench = max(1, self.seats // len(self.actors))
+        waves = [names[i : i + per_bench] for i in range(0, len(names), per_bench)] or [[]]
+        for wave in waves:
+            with ThreadPoolExecutor(max_workers=max(1, len(wave))) as pool:
+                list(pool.map(lambda name: self._finish(name, recipes[name]), wave))
+            asked = [BASE, *wave] if BASE in recipes and BASE not in found else wave
+            found |= self.call(0, "scores", asked, metric, source)
+            for name in wave:
+                self.call(0, "leave", name)
+        return found
+
+    def occupancy(self) -> list[tuple[float, int]]:
+        """(seconds since the first seat was taken, seats taken from then on), all benches."""
+        changes: list[tuple[float, int]] = []
+        for bench in range(len(self.actors)):
+            before = 0
+            for when, taken in self.call(bench, "occupancy"):
+                changes.append((when, taken - before))
+                before = taken
+        changes.sort()
+        steps: list[tuple[float, int]] = []
+        taken = 0
+        for when, change in changes:
+            taken += change
+            steps.append((round(when - changes[0][0], 3), taken))
+        return steps
+
+    def peak_rss_bytes(self) -> int:
+        """Largest resident memory of the benches, added up."""
+        return sum(self.call(bench, "peak_rss_bytes") for bench in range(len(self.actors)))
+
+    def close(self) -> None:
+        """End the bench processes."""
+        for actor in self.actors:
+            ray.kill(actor, no_restart=True)
+
+    def _finish(self, name: str, recipe: TrainRecipe) -> None:
+        run_dir = Path(recipe.storage) / recipe.name
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.call(0, "join", name, config.plain(recipe), str(run_dir))
+        self.call(0, "train", name, TO_THE_END)
+        self.call(0, "export", name)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Place:
+    """Where a bench goes."""
+
+    strategy: Any
+    threads: int
+    num_cpus: float
+    num_gpus: int
+
+
+def _places() -> list[_Place]:
+    """One for each GPU, or for each node where there are none."""
+    places: list[_Place] = []
+    for node in ray.nodes():
+        if not node["Alive"]:
+            continue
+        cpus, gpus = int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0))
+        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        # Trials are processes too, which ask for a hundredth of a core each.
+        rest = float(cpus - 1) if cpus > 1 else 0.5
+        places += [
+            _Place(
+                strategy=strategy,
+                threads=max(1, cpus // max(1, gpus)),
+                num_cpus=rest if not gpus else min(1.0, rest),
+                num_gpus=min(1, gpus),
+            )
+            for _ in range(max(1, gpus) if cpus else 0)
+        ]
+    if not places:
+        raise ClusterError("no node of the cluster has a CPU for a bench; start one with CPUs")
+    return places
+
+
+def mean_filled(steps: Sequence[tuple[float, int]]) -> float:
+    """Mean seats taken from the first step to the last."""
+    if len(steps) < 2 or steps[-1][0] <= steps[0][0]:
+        return float(steps[0][1]) if steps else 0.0
+    area = math.fsum(
+        taken * (after[0] - when) for (when, taken), after in itertools.pairwise(steps)
+    )
+    return area / (steps[-1][0] - steps[0][0])

@@ -1,0 +1,450 @@
+"""The driver of a search: benches, Ray Tune over them, finalists, and what it leaves behind.
+
+`<storage>/<name>/` is the whole story: config.json (the search file), search.json and trials.jsonl
+(the record), trials/<id>/ (checkpoints and adapter of each), tune-<stage>/ (Ray Tune's own state),
+study.journal (Optuna's), best/, best.yaml, trials.csv and report.html.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from ray import tune
+from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneConfig
+from ray.tune.logger import TBXLoggerCallback
+
+from cluster import __version__, config, ownership, session, storage
+from cluster.errors import ConfigError, TrainingError
+from training import run, worker
+from training.config import TrainRecipe
+from training.evaluate import Estimate
+from training.events import Event, EventLog, EventReader
+from tune_spaces import config as search_config
+from tune_spaces import finals, report, spaces
+from tune_spaces import record as records
+from tune_spaces.config import Search
+from tune_spaces.hall import Hall, mean_filled
+from tune_spaces.record import SearchRecord
+from tune_spaces.schedulers import TOKENS, make_scheduler, make_searcher, mode_of
+from tune_spaces.searcher import OptunaSearcher
+from tune_spaces.spaces import Space
+from tune_spaces.trial import SeatTrial, Spec
+
+Watcher = Callable[[Event], None]
+"""Told each result of each trial."""
+_KEPT = (
+    TOKENS, "train_loss", "eval_loss", "train_s", "rank", "learning_rate", "bench",
+    "learning_rate_at_rank_16", "is_finished", "reason", "step", "num_steps", "real_tokens",
+)  # fmt: skip
+"""What is remembered of a result, beside its metric."""
+
+_SPEC = "spec.json"
+_SEATS = 8
+"""What `search.seats: auto` is."""
+_REPORTS = 8
+"""Reports of a trial, unless search.report_every_tokens says otherwise."""
+_TRIAL_CPUS = 0.01
+_READY_TIMEOUT_S = 900.0
+_MAX_FAILURES = 3
+_CHANGEABLE = ("storage", "search.budget_minutes", "checkpoint.", "log.")
+"""Settings that a resumed search may change."""
+_TUNE_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a search has its own records
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # else Ctrl-C would end the trials, and the finals begin
+}
+_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "optuna")
+
+
+@dataclass(kw_only=True, slots=True)
+class Trials:
+    """What the trials have told so far, by trial."""
+
+    last: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Newest result of each."""
+    params: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    history: dict[str, list[tuple[int, float | None, float | None, float]]] = field(
+        default_factory=dict
+    )
+    """(supervised tokens, training loss, metric, seconds since the start) of each report."""
+    errors: dict[str, str] = field(default_factory=dict)
+
+    def note(self, event: Event) -> None:
+        """Take in one event of the search: a result, or a trial's failure."""
+        fields = event.fields
+        trial = event.text("trial")
+        if event.kind == "failed":
+            self.errors[trial] = event.text("message")
+            return
+        self.errors.pop(trial, None)
+        self.params[trial] = cast(Mapping[str, Any], fields["params"])
+        self.last[trial] = fields
+        tokens = int(event.number(TOKENS))
+        # What was run again after a crash replaces what was lost with it.
+        kept = [point for point in self.history.get(trial, []) if point[0] < tokens]
+        loss, value = (_finite(fields[name]) for name in ("train_loss", "value"))
+        self.history[trial] = [*kept, (tokens, loss, value, event.number("at_s"))]
+
+
+class Recorder(Callback):
+    """Writes every result of a trial to the search's events.jsonl, which is the memory of it."""
+
+    def __init__(self, events: EventLog, metric: str, told: Callable[[], None]) -> None:
+        self._events: EventLog | None = events
+        self._metric = metric
+        self._told = told
+        self._started = time.perf_counter()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune (2.60) pickles callbacks for a restore; there, a new one takes this one's place."""
+        return {"_events": None}
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Keep one result; the metric's value stands under `value`."""
+        assert self._events is not None
+        fields = {name: result[name] for name in _KEPT if name in result}
+        self._events.write(
+            "result",
+            trial=trial.trial_id,
+            params=trial.config["params"],
+            value=result[self._metric],
+            at_s=round(time.perf_counter() - self._started, 3),
+            **fields,
+        )
+        self._told()
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Keep why a trial's process failed."""
+        assert self._events is not None
+        reason = str(trial.get_error() or "its process died").strip().splitlines()[-1]
+        self._events.write("failed", trial=trial.trial_id, message=reason)
+        self._told()
+
+
+def search(
+    chosen: Search,
+    *,
+    say: Callable[[str], None],
+    watch: Watcher,
+    address: str | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Run a search to its end; the object that `--json` prints.
+
+    say: told what a person should read. watch: told each result of a trial. resume: go on in a
+    directory that an earlier search with the same file left. Raises LorayError.
+    """
+    started = time.perf_counter()
+    root = session.storage_root(chosen.recipe.storage)
+    directory = root / chosen.recipe.name
+    recipe = worker.with_absolute_paths(replace(chosen.recipe, storage=str(root)))
+    if chosen.search.mode == "solo":
+        raise ConfigError("search.mode: solo is not part of this release; use packed")
+    for space in chosen.space.stages or (chosen.space,):
+        make_scheduler(chosen.search, space, budget=2, report=1)  # refuses before Ray is started
+    storage.make_directory(directory)
+    with ownership.RunLock(directory):
+        _claim(directory, chosen, resume=resume)
+        run.inspect(recipe, say)
+        for warning in spaces.warnings_for(chosen.space, recipe):
+            say(f"warning: {warning}")
+        with session.connect(address) as ray_session:
+            say(f"search directory {directory}")
+            say(f"{ray_session}; loading the base")
+            hall = Hall.open(
+                recipe,
+                directory,
+                seats=_seats(chosen),
+                fill_window_s=chosen.search.fill_window_s,
+                timeout_s=_READY_TIMEOUT_S,
+            )
+            try:
+                return _search(chosen, recipe, directory, hall, say, watch, started)
+            finally:
+                hall.close()
+
+
+def _search(
+    chosen: Search,
+    recipe: TrainRecipe,
+    directory: Path,
+    hall: Hall,
+    say: Callable[[str], None],
+    watch: Watcher,
+    started: float,
+) -> dict[str, Any]:
+    metric = chosen.search.metric
+    mode = mode_of(metric)
+    base = None if metric == "train_loss" else finals.base_estimate(hall, metric, recipe)
+    if base is not None:
+        say(f"{metric} of the base model: {base.value:.4f} ({base.low:.4f} to {base.high:.4f})")
+    budget, path = _spec(chosen, recipe, directory, hall)
+    spec = Spec(**json.loads(path.read_text(encoding="utf-8")))
+    trials = Trials()
+    reader = EventReader(directory / "events.jsonl")
+    for event in reader.read():  # of the driver that this one goes on for
+        trials.note(event)
+
+    def read() -> None:
+        for event in reader.read():
+            trials.note(event)
+            watch(event)
+
+    best: dict[str, Any] = {}
+    with closing(EventLog(directory / "events.jsonl")) as events:
+        recorder = Recorder(events, metric, read)
+        for number, space in enumerate(chosen.space.stages or (chosen.space,)):
+            _tune(chosen, space, number, directory, hall, spec, budget, best, recorder)
+            leaders = finals.finished(trials.last, mode)
+            best = dict(trials.params[leaders[0]]) if leaders else best
+    filled = hall.occupancy()
+    outcome = finals.decide(chosen, spec, hall, trials.last, trials.params, mode=mode, say=say)
+    record = _record(chosen, hall, spec, budget, base, trials, outcome, filled, started)
+    records.write(directory, record)
+    say(report.answer(record))
+    if outcome is not None:
+        _keep_best(directory, outcome)
+    say(f"report {report.write(directory)}")
+    if outcome is None:
+        reasons = sorted({trial.reason for trial in record.trials if trial.reason})
+        raise TrainingError(
+            f"no trial finished: {'; '.join(reasons) or 'none was started'}. Lower the learning "
+            f"rates of the space, or raise search.budget_tokens; see {directory / 'report.html'}"
+        )
+    return _result(directory, record, outcome, hall, started)
+
+
+def _spec(chosen: Search, recipe: TrainRecipe, directory: Path, hall: Hall) -> tuple[int, Path]:
+    """The supervised tokens of a trial, and the file from which trials read what they share."""
+    num_examples, num_supervised = hall.size()
+    per_example = num_supervised / num_examples
+    optim = recipe.optim
+    examples = (
+        optim.max_steps * optim.global_batch_size
+        if optim.max_steps is not None
+        else max(1, round(optim.epochs * num_examples))
+    )
+    budget = chosen.search.budget_tokens or max(1, round(examples * per_example))
+    fields = {
+        "recipe": config.plain(recipe),
+        "directory": str(directory / "trials"),
+        "namespace": hall.namespace,
+        "benches": list(hall.names),
+        "metric": chosen.search.metric,
+        "is_lr_scaled": chosen.space.is_lr_scaled,
+        "report_every": chosen.search.report_every_tokens or max(1, math.ceil(budget / _REPORTS)),
+        "budget": chosen.search.budget_tokens,
+        "tokens_per_example": per_example,
+        "base_loss": hall.base_loss(),
+    }
+    path = directory / _SPEC
+    storage.write_file(path, json.dumps(fields, indent=1).encode())
+    return budget, path
+
+
+def _tune(
+    chosen: Search,
+    space: Space,
+    stage: int,
+    directory: Path,
+    hall: Hall,
+    spec: Spec,
+    budget: int,
+    fixed: dict[str, Any],
+    recorder: Recorder,
+) -> None:
+    """One stage under Ray Tune, or what is left of it."""
+    name = f"tune-{stage}"
+    trainable = tune.with_resources(SeatTrial, {"cpu": _TRIAL_CPUS})
+    where = directory / name
+    settings = {"verbose": 0, "storage_path": str(directory), "name": name}
+    callbacks = [recorder, *([TBXLoggerCallback()] if chosen.search.log else [])]
+    with session.environment(_TUNE_ENVIRONMENT):
+        if tune.Tuner.can_restore(str(where)):
+            tuner = tune.Tuner.restore(
+                str(where), trainable=trainable, resume_unfinished=True, resume_errored=True
+            )
+            # The restored ones are those of a driver that is gone (private name, Ray 2.60).
+            tuner._local_tuner._run_config.callbacks = callbacks  # pyright: ignore
+        else:
+            searcher, count = make_searcher(chosen.search, space, directory=directory, fixed=fixed)
+            minutes = chosen.search.budget_minutes
+            tuner = tune.Tuner(
+                trainable,
+                param_space={"spec": str(directory / _SPEC)},
+                tune_config=TuneConfig(
+                    metric=chosen.search.metric,
+                    mode=mode_of(chosen.search.metric),
+                    search_alg=searcher,
+                    scheduler=make_scheduler(
+                        chosen.search, space, budget=budget, report=spec.report_every
+                    ),
+                    num_samples=count,
+                    max_concurrent_trials=hall.seats,
+                    reuse_actors=True,
+                    time_budget_s=minutes * 60 if minutes else None,
+                ),
+                run_config=RunConfig(
+                    **settings,
+                    callbacks=callbacks,
+                    failure_config=FailureConfig(max_failures=_MAX_FAILURES),
+                    checkpoint_config=CheckpointConfig(checkpoint_frequency=1, num_to_keep=2),
+                ),
+            )
+        tuner.fit()
+        searcher, _ = make_searcher(chosen.search, space, directory=directory, fixed=fixed)
+        if isinstance(searcher, OptunaSearcher):
+            searcher.close()  # at a time limit Tune (2.60) does not tell it who was stopped
+
+
+def _claim(directory: Path, chosen: Search, *, resume: bool) -> None:
+    """Write config.json for a new search; compare with it for one that goes on."""
+    path = directory / "config.json"
+    plain = search_config.plain(chosen)
+    if path.exists():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        lines = [x for x in config.difference(stored, plain) if not x.startswith(_CHANGEABLE)]
+        if lines:
+            changes = "\n  ".join(lines)
+            raise ConfigError(
+                f"{directory} belongs to another search:\n  {changes}\n"
+                "Undo the change, or give the search another name"
+            )
+        if not resume and (directory / "tune-0").exists():
+            raise ConfigError(
+                f"{directory} holds this search already; go on with it by --resume, or give the "
+                "search another name"
+            )
+    elif resume:
+        raise ConfigError(f"{directory} holds no search to resume; leave --resume out")
+    elif (directory / "recipe.json").exists():
+        raise ConfigError(f"{directory} is a training run; give the search another name")
+    storage.write_file(path, json.dumps(plain, indent=1).encode())
+
+
+def _seats(chosen: Search) -> int:
+    wanted = _SEATS if chosen.search.seats == "auto" else chosen.search.seats
+    return min(wanted, chosen.search.trials)
+
+
+def _record(
+    chosen: Search,
+    hall: Hall,
+    spec: Spec,
+    budget: int,
+    base: Estimate | None,
+    trials: Trials,
+    outcome: finals.Outcome | None,
+    filled: Sequence[tuple[float, int]],
+    started: float,
+) -> SearchRecord:
+    own = outcome.estimates if outcome is not None else {}
+    rungs = range(spec.report_every, budget + 1, spec.report_every)
+    dimensions = chosen.space.every_dimension()
+    return SearchRecord(
+        name=chosen.recipe.name,
+        metric=chosen.search.metric,
+        mode=mode_of(chosen.search.metric),
+        space=records.Space(
+            name=chosen.space.name, dimensions={d.path: str(d.domain) for d in dimensions}
+        ),
+        wall_s=round(time.perf_counter() - started, 3),
+        isolation="exact",  # rows are independent everywhere, see training/int8.py
+        seats=hall.seats,
+        seats_filled=tuple(filled),
+        mean_seats_filled=round(mean_filled(filled), 3),
+        base=records.Estimate(value=base.value, low=base.low, high=base.high, n=base.n)
+        if base is not None
+        else None,
+        winner=outcome.winner if outcome is not None else None,
+        rungs=tuple(rungs),
+        finalists=outcome.finalists if outcome is not None else (),
+        cost=None,
+        versions={"loray": __version__, **{name: version(name) for name in _LIBRARIES}},
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        trials=tuple(_trial(name, trials, own.get(name), chosen) for name in trials.last),
+    )
+
+
+def _trial(name: str, trials: Trials, estimate: Estimate | None, chosen: Search) -> records.Trial:
+    result = trials.last[name]
+    reason = trials.errors.get(name) or result["reason"]
+    state = "failed" if name in trials.errors else "stopped"
+    if result["is_finished"]:
+        state = "finished"
+    elif not reason:
+        reason = f"stopped by {chosen.search.scheduler} after {result[TOKENS]} supervised tokens"
+    return records.Trial(
+        trial=name,
+        state=state,
+        reason=reason,
+        params=dict(trials.params[name]),
+        rank=result["rank"],
+        learning_rate=result["learning_rate"],
+        learning_rate_at_rank_16=result["learning_rate_at_rank_16"],
+        value=_finite(result["value"]),
+        low=estimate.low if estimate is not None else None,
+        high=estimate.high if estimate is not None else None,
+        tokens=int(result[TOKENS]),
+        train_s=round(_finite(result["train_s"]) or 0.0, 3),
+        bench=result["bench"],
+        history=tuple(trials.history[name]),
+    )
+
+
+def _keep_best(directory: Path, outcome: finals.Outcome) -> None:
+    """best/, the winner's adapter, and best.yaml, which trains it again."""
+    source = Path(outcome.recipe.storage) / outcome.recipe.name / "adapter"
+    manifest = storage.verify(source)
+
+    def write(target: Path) -> None:
+        for name in manifest.files:
+            shutil.copyfile(source / name, target / name)
+
+    storage.commit(directory / "best", write, attempt="search", info=manifest.info, replace=True)
+    again = replace(outcome.recipe, name=f"{directory.name}-best", storage=str(directory.parent))
+    text = yaml.safe_dump(config.plain(again), sort_keys=False)
+    storage.write_file(directory / "best.yaml", text.encode())
+
+
+def _result(
+    directory: Path,
+    record: SearchRecord,
+    outcome: finals.Outcome,
+    hall: Hall,
+    started: float,
+) -> dict[str, Any]:
+    counts = Counter(trial.state for trial in record.trials)
+    best = record.trial(outcome.winner.trial)
+    return {
+        "search_dir": str(directory),
+        "best_trial": best.trial,
+        "best_config": dict(best.params),
+        "best_metric": outcome.winner.value,
+        "base_metric": record.base.value if record.base is not None else None,
+        "trials": len(record.trials),
+        "finished": counts["finished"],
+        "stopped": counts["stopped"],
+        "failed": counts["failed"],
+        "mean_seats_filled": record.mean_seats_filled,
+        "isolation": record.isolation,
+        "wall_s": round(time.perf_counter() - started, 3),
+        "peak_rss_bytes": hall.peak_rss_bytes() + worker.peak_rss_bytes(),
+    }
+
+
+def _finite(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
