@@ -1,7 +1,7 @@
 """The desk: many callers, one bench, everybody gets an answer."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,7 +9,9 @@ import pytest
 import torch
 from runs import make_recipe, run_dir_of
 
+from cluster import config
 from cluster.errors import LorayError
+from training import generation
 from training.config import TrainRecipe
 from tune_spaces.actor import BenchActor, Desk
 from tune_spaces.bench import Bench
@@ -53,7 +55,7 @@ def test_callers_train_at_the_same_time_and_each_gets_its_own_answer(
 ) -> None:
     recipes = [trial(tmp_path, tiny_base, name, seed) for seed, name in enumerate("ab")]
     for one in recipes:
-        assert desk.join(one.name, one, run_dir_of(one)) == 0
+        assert desk.join(one.name, one, run_dir_of(one)) == (0, 1)
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(lambda one: desk.train(one.name, ALL_TOKENS), recipes))
     assert [progress.trial for progress in found] == ["a", "b"]
@@ -66,16 +68,27 @@ def test_a_full_bench_says_so_and_a_seat_given_back_can_be_taken(
 ) -> None:
     recipes = [trial(tmp_path, tiny_base, name) for name in "abc"]
     joined = [desk.join(one.name, one, run_dir_of(one)) for one in recipes]
-    assert joined == [0, 0, None]
+    assert joined == [(0, 1), (0, 1), None]
     desk.leave("a")
     desk.leave("a")  # twice does no harm
-    assert desk.join("c", recipes[2], run_dir_of(recipes[2])) == 0
+    assert desk.join("c", recipes[2], run_dir_of(recipes[2])) == (0, 1)
+
+
+def test_a_dead_process_cannot_take_its_successor_s_seat_away(
+    desk: Desk, recipe: TrainRecipe
+) -> None:
+    assert desk.join("a", recipe, run_dir_of(recipe)) == (0, 1)
+    assert desk.join("a", recipe, run_dir_of(recipe)) == (0, 2)  # the first one died
+    desk.leave("a", 1)
+    assert desk.train("a", 1).step == 1
+    desk.leave("a", 2)
+    assert desk.order(lambda bench: bench.trials) == ()
 
 
 def test_errors_of_an_order_come_back_to_who_gave_it(desk: Desk, recipe: TrainRecipe) -> None:
     with pytest.raises(KeyError):
         desk.train("nobody", 10)
-    assert desk.join(recipe.name, recipe, run_dir_of(recipe)) == 0
+    assert desk.join(recipe.name, recipe, run_dir_of(recipe)) == (0, 1)
     assert desk.train(recipe.name, 1).step == 1
 
 
@@ -129,11 +142,8 @@ def test_the_first_seats_wait_for_others_but_not_for_ever(
 def test_answers_of_all_trials_are_mixed_and_each_is_as_alone(
     tmp_path: Path, tiny_base: Path
 ) -> None:
-    from cluster import config
-
     recipes = [
-        trial(tmp_path, tiny_base, name, seed, steps=steps, rate=3e-2)
-        for seed, (name, steps) in enumerate((("a", 40), ("b", 80)))
+        trial(tmp_path, tiny_base, name, seed, steps=60, rate=0.1) for seed, name in enumerate("ab")
     ]
     actor = BenchActor(
         config.plain(recipes[0]), str(tmp_path), seats=2, threads=1, fill_window_s=0, name="x"
@@ -144,12 +154,31 @@ def test_answers_of_all_trials_are_mixed_and_each_is_as_alone(
         for one in recipes:
             actor.join(one.name, config.plain(one), str(run_dir_of(one)))
             actor.train(one.name, ALL_TOKENS)
-        for metric in ("eval_loss", "rouge_l"):
-            together = actor.scores(["base", "a", "b"], metric, None)
-            assert len(together["a"]["values"]) == 24
-            for name in ("base", "a", "b"):
-                alone = actor.scores([name], metric, None)[name]["values"]
-                assert together[name]["values"] == pytest.approx(alone, abs=1e-5)
-        assert max(together["b"]["values"]) > 0  # it has learnt to say some colours
+        names = ["base", "a", "b"]
+        together = actor.scores(names, "eval_loss", None)
+        for name in names:
+            alone = actor.scores([name], "eval_loss", None)[name]["values"]
+            assert together[name]["values"] == pytest.approx(alone, abs=1e-5)
+        assert together["a"]["values"] != together["base"]["values"]
+        assert len(actor.scores(names, "rouge_l", None)["b"]["values"]) == 24
+        mixed = actor._desk.order(lambda bench: answers(bench, names))
+        separate = [actor._desk.order(lambda bench, n=n: answers(bench, [n])) for n in names]
+        assert mixed == sum(separate, [])
+        assert len({tuple(texts) for texts in separate}) == 3
     finally:
         actor._desk.close()
+
+
+def answers(bench: Bench, names: Sequence[str]) -> list[str]:
+    """Greedy answers of each trial to two prompts, all in one batch."""
+    adapters = [bench.adapter_of(name) for name in names for _ in range(2)]
+    return generation.generate(
+        bench.trunk.model,
+        bench.trunk.base.tokenizer,
+        [list(prompt) for _ in names for prompt in (b"Say red", b"Say blue please")],
+        max_new_tokens=12,
+        stop_ids={257},
+        batch_size=len(adapters),
+        pad_id=258,
+        route=lambda numbers: bench.trunk.router.by_row([adapters[n] for n in numbers]),
+    )

@@ -70,23 +70,26 @@ class Desk:
             self._changed.notify()
         return future.result()
 
-    def join(self, trial: str, recipe: TrainRecipe, run_dir: Path) -> int | None:
-        """Seat a trial; the supervised tokens that it has seen, None where no seat is free."""
+    def join(self, trial: str, recipe: TrainRecipe, run_dir: Path) -> tuple[int, int] | None:
+        """Seat a trial: the supervised tokens that it has seen, and which of its seats this is.
 
-        def do(bench: Bench) -> int | None:
-            if len(bench.trials) >= self._seats:
+        None where no seat is free.
+        """
+
+        def do(bench: Bench) -> tuple[int, int] | None:
+            if trial not in bench.trials and len(bench.trials) >= self._seats:
                 return None
             tokens = bench.join(trial, recipe, run_dir)
             self._note(bench)
-            return tokens
+            return tokens, bench.attempt_of(trial)
 
         return self.order(do)
 
-    def leave(self, trial: str) -> None:
-        """Take a trial's seat away, if it has one."""
+    def leave(self, trial: str, attempt: int | None = None) -> None:
+        """Take a trial's seat away, if it has one; with `attempt`, only if it has that one."""
 
         def do(bench: Bench) -> None:
-            if trial in bench.trials:
+            if trial in bench.trials and attempt in (None, bench.attempt_of(trial)):
                 bench.leave(trial)
                 self._note(bench)
 
@@ -202,7 +205,7 @@ class BenchActor:
         """The bench's name, once the base is loaded."""
         return self._desk.order(lambda _: self._name)
 
-    def join(self, trial: str, recipe: Mapping[str, Any], run_dir: str) -> int | None:
+    def join(self, trial: str, recipe: Mapping[str, Any], run_dir: str) -> tuple[int, int] | None:
         """See Desk.join."""
         return self._desk.join(
             trial, config.build(TrainRecipe, recipe, where=f"trial {trial}"), Path(run_dir)
@@ -224,9 +227,9 @@ class BenchActor:
         """Replace a trial's checkpoints by those of another, and fence off its older seats."""
         self._desk.order(lambda _: checkpoint.adopt(Path(source), Path(target)))
 
-    def leave(self, trial: str) -> None:
+    def leave(self, trial: str, attempt: int | None = None) -> None:
         """See Desk.leave."""
-        self._desk.leave(trial)
+        self._desk.leave(trial, attempt)
 
     def occupancy(self) -> list[tuple[float, int]]:
         """See Desk.occupancy."""

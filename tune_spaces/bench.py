@@ -122,11 +122,12 @@ class Bench:
     def join(self, trial: str, recipe: TrainRecipe, run_dir: Path) -> int:
         """Give a trial a seat; the supervised tokens that its newest checkpoint has seen, or 0.
 
-        Any older seat of the same run directory, on whatever bench, is fenced off. Raises
-        ConfigError where the recipe cannot share this base.
+        Any older seat of the same run directory, on whatever bench, is fenced off; one on this
+        bench is taken away. Raises ConfigError where the recipe cannot share this base.
         """
-        assert trial not in self._places, trial
         _require_shareable(recipe, self.recipe)
+        if trial in self._places:  # of a process of the trial that has died since
+            self.leave(trial)
         assert self.data.train is not None
         self._names += 1
         adapter = f"seat{self._names}"  # never reused: PEFT remembers names
@@ -220,6 +221,10 @@ class Bench:
     def adapter_of(self, trial: str) -> str:
         """What a trial's adapter, or the bare base's, is called on this bench."""
         return BASE if trial == BASE else self._places[trial].seat.adapter
+
+    def attempt_of(self, trial: str) -> int:
+        """Which of a trial's seats, over all benches and times, it has now."""
+        return self._places[trial].attempt
 
     def save(self, trial: str) -> Path:
         """Commit a checkpoint of the trial's last whole step; the directory.

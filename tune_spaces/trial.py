@@ -127,7 +127,6 @@ class SeatTrial(Trainable):
         self._recipe = recipe_of(self._spec, self._name, self._params)
         self._run_dir = Path(self._spec.directory) / self._name
         self._run_dir.mkdir(parents=True, exist_ok=True)
-        self._best = math.inf
         self._take_seat()
 
     def _take_seat(self) -> None:
@@ -137,9 +136,10 @@ class SeatTrial(Trainable):
             for name in self._spec.benches:
                 self._bench = ray.get_actor(name, namespace=self._spec.namespace)
                 recipe = config.plain(self._recipe)
-                tokens = self._call("join", self._name, recipe, str(self._run_dir))
-                if tokens is not None:
-                    self._tokens, self._where = int(tokens), name
+                seat = self._call("join", self._name, recipe, str(self._run_dir))
+                if seat is not None:
+                    self._tokens, self._attempt = seat
+                    self._where = name
                     return
             time.sleep(_SEAT_POLL_S)
         raise ClusterError(f"trial {self._name} found no free seat in {_SEAT_TIMEOUT_S:.0f} s")
@@ -194,7 +194,7 @@ class SeatTrial(Trainable):
 
     def _leave(self) -> None:
         try:
-            self._call("leave", self._name)
+            self._call("leave", self._name, self._attempt)
         except ray.exceptions.RayActorError:  # the bench is gone, and the seat with it
             log.warning("trial=%s bench=%s is gone", self._name, self._where)
 
