@@ -163,7 +163,7 @@ def test_answers_of_all_trials_are_mixed_and_each_is_as_alone(
         assert len(actor.scores(names, "rouge_l", None)["b"]["values"]) == 24
         mixed = actor._desk.order(lambda bench: answers(bench, names))
         separate = [actor._desk.order(lambda bench, n=n: answers(bench, [n])) for n in names]
-        assert mixed == sum(separate, [])
+        assert mixed == [text for texts in separate for text in texts]
         assert len({tuple(texts) for texts in separate}) == 3
     finally:
         actor._desk.close()
