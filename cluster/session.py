@@ -224,6 +224,10 @@ def _private(num_cpus: int | None) -> Iterator[None]:
             "RAY_AUTH_TOKEN": None,
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # Nobody takes this machine away.
+            # On two cores each process that wakes up takes time from the training (2.60).
+            "RAY_enable_metrics_collection": "0",
+            "RAY_prestart_worker_first_driver": "0",
+            "RAY_raylet_report_resources_period_milliseconds": "1000",
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         with environment(variables), _loopback_only():
@@ -236,12 +240,25 @@ def _private(num_cpus: int | None) -> Iterator[None]:
                     object_store_memory=_OBJECT_STORE_BYTES,
                     _temp_dir=str(directory / "r"),  # Ray 2.60 opens it to everybody.
                 )
+                _end_idle_servers()
                 yield
             finally:
                 ray.shutdown()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
         forget_token()
+
+
+def _end_idle_servers() -> None:
+    """End the API server, which has nothing to serve, and the log monitor, which tells nobody.
+
+    Ray 2.60 starts both whatever `include_dashboard` and `log_to_driver` say.
+    """
+    from ray._private import worker
+
+    node: Any = worker._global_node
+    node.kill_dashboard()
+    node.kill_log_monitor()
 
 
 def _init(**options: Any) -> None:

@@ -1,9 +1,10 @@
 """The Ray Train workers of a run: how many resources each gets, starting them, waiting for them.
 
 Ray Train 2.60 starts six helper actors beside the workers, each of which wakes 100 times a second.
-On two cores that took 7 % of the training speed (`scripts/bench ray`): the loop's two threads wait
-for each other, so that a pause of one is a pause of both. Here the helpers that have nothing to do
-are not started. The private names of Ray that this takes are all in this file.
+On two cores helpers and servers took 9 % of the training speed: the loop's two threads wait for
+each other, so that a pause of one is a pause of both. The helpers that have nothing to do are not
+started here, the servers not in `cluster.session`; `scripts/bench ray` measures what is left. The
+private names of Ray Train that this takes are all in this file.
 """
 
 import tempfile
@@ -17,6 +18,7 @@ from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 from cluster import config
 from cluster.errors import ResourceError
@@ -110,6 +112,21 @@ class _LeanTrainer(TorchTrainer):
         if self.is_private:
             idle = (*idle, PlacementGroupCleanerCallback)
         return [call for call in super()._create_default_callbacks() if not isinstance(call, idle)]
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        if self.is_private:
+            options["scaling_policy"] = _StillPolicy(self.scaling_config)
+        return super()._initialize_and_run_controller(**options)
+
+
+class _StillPolicy(FixedScalingPolicy):
+    """A fixed number of workers on a machine that nobody scales, so nobody is asked for more."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Starts no AutoscalingCoordinator."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """There is nobody to send it to."""
 
 
 def _share_out(recipe: TrainRecipe, ray_session: Session) -> tuple[int, int]:

@@ -231,6 +231,11 @@ class BenchActor:
         """See Desk.leave."""
         self._desk.leave(trial, attempt)
 
+    def clear(self) -> None:
+        """Take all seats away: of trials whose processes did not live to give them back."""
+        for trial in self._desk.order(lambda bench: bench.trials):
+            self._desk.leave(trial)
+
     def occupancy(self) -> list[tuple[float, int]]:
         """See Desk.occupancy."""
         return self._desk.occupancy()

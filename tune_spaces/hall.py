@@ -122,6 +122,11 @@ class Hall:
                 self.call(0, "leave", name)
         return found
 
+    def clear(self) -> None:
+        """Free all seats, once Tune is done with them."""
+        for bench in range(len(self.actors)):
+            self.call(bench, "clear")
+
     def occupancy(self) -> list[tuple[float, int]]:
         """(seconds since the first seat was taken, seats taken from then on), all benches."""
         changes: list[tuple[float, int]] = []
@@ -150,7 +155,8 @@ class Hall:
     def _finish(self, name: str, recipe: TrainRecipe) -> None:
         run_dir = Path(recipe.storage) / recipe.name
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.call(0, "join", name, config.plain(recipe), str(run_dir))
+        seat = self.call(0, "join", name, config.plain(recipe), str(run_dir))
+        assert seat is not None, "more in a wave than there are seats"
         self.call(0, "train", name, TO_THE_END)
         self.call(0, "export", name)
 

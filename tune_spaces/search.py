@@ -210,6 +210,7 @@ def _search(
             _tune(chosen, space, number, directory, hall, spec, budget, best, recorder)
             leaders = finals.finished(trials.last, mode)
             best = dict(trials.params[leaders[0]]) if leaders else best
+    hall.clear()
     filled = hall.occupancy()
     outcome = finals.decide(chosen, spec, hall, trials.last, trials.params, mode=mode, say=say)
     record = _record(chosen, hall, spec, budget, base, trials, outcome, filled, started)
