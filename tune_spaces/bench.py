@@ -282,7 +282,9 @@ class Bench:
         """Pieces of the seats that are furthest behind, as many as one pass has room for."""
         waiting = [place for place in self._places.values() if place.wants_turn]
         waiting.sort(key=lambda place: place.seat.state.real_tokens)
-        room = max(memory.TARGET_TOKENS[self.device.type], self.trunk.memory.micro_batch_tokens)
+        room = max(
+            memory.TARGET_TOKENS.get(self.device.type, 0), self.trunk.memory.micro_batch_tokens
+        )
         chosen: list[tuple[_Place, Piece]] = []
         rows = width = 0
         for place in waiting:

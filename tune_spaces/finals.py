@@ -97,29 +97,38 @@ def decide(
         key=lambda name: (recipes[name].lora.rank, sign * means[name].value, name),
     )
     own = {name: _estimate(metric, scores[name]) for name in names}
-    finalists = tuple(
-        Finalist(
-            trial=name,
-            seeds=tuple(
-                SeedValue(
-                    seed=_with_seed(recipes[name], seed).optim.seed,
-                    value=_mean(scores[_entry(name, seed)]),
-                )
-                for seed in range(chosen.search.seeds)
-            ),
-            mean=means[name].value,
-            low=means[name].low,
-            high=means[name].high,
-            diff_low=gaps[name].low if name in gaps else None,
-            diff_high=gaps[name].high if name in gaps else None,
-        )
-        for name in names
-    )
     return Outcome(
         winner=_winner(winner, best, tied, own[winner], _test(chosen, hall, recipes[winner])),
-        finalists=finalists,
+        finalists=tuple(
+            _finalist(recipes[name], chosen.search.seeds, scores, means[name], gaps.get(name))
+            for name in names
+        ),
         recipe=recipes[winner],
         estimates=own,
+    )
+
+
+def _finalist(
+    recipe: TrainRecipe,
+    seeds: int,
+    scores: Mapping[str, Mapping[str, list[float]]],
+    mean: Estimate,
+    gap: Estimate | None,
+) -> Finalist:
+    return Finalist(
+        trial=recipe.name,
+        seeds=tuple(
+            SeedValue(
+                seed=_with_seed(recipe, seed).optim.seed,
+                value=_mean(scores[_entry(recipe.name, seed)]),
+            )
+            for seed in range(seeds)
+        ),
+        mean=mean.value,
+        low=mean.low,
+        high=mean.high,
+        diff_low=gap.low if gap else None,
+        diff_high=gap.high if gap else None,
     )
 
 

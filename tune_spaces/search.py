@@ -10,43 +10,33 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from ray import tune
-from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneConfig
+from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig
 from ray.tune.logger import TBXLoggerCallback
 
-from cluster import __version__, config, ownership, session, storage
+from cluster import config, ownership, session, storage
 from cluster.errors import ConfigError, TrainingError
 from training import run, worker
 from training.config import TrainRecipe
-from training.evaluate import Estimate
-from training.events import Event, EventLog, EventReader
+from training.events import EventLog, EventReader
 from tune_spaces import config as search_config
-from tune_spaces import finals, report, spaces
+from tune_spaces import finals, report, results, spaces
 from tune_spaces import record as records
 from tune_spaces.config import Search
-from tune_spaces.hall import Hall, mean_filled
+from tune_spaces.hall import Hall
 from tune_spaces.record import SearchRecord
-from tune_spaces.schedulers import TOKENS, make_scheduler, make_searcher, mode_of
+from tune_spaces.results import Recorder, Trials, Watcher
+from tune_spaces.schedulers import make_scheduler, make_searcher, mode_of
 from tune_spaces.searcher import OptunaSearcher
 from tune_spaces.spaces import Space
 from tune_spaces.trial import SeatTrial, Spec
-
-Watcher = Callable[[Event], None]
-"""Told each result of each trial."""
-_KEPT = (
-    TOKENS, "train_loss", "eval_loss", "train_s", "rank", "learning_rate", "bench",
-    "learning_rate_at_rank_16", "is_finished", "reason", "step", "num_steps", "real_tokens",
-)  # fmt: skip
-"""What is remembered of a result, beside its metric."""
 
 _SPEC = "spec.json"
 _SEATS = 8
@@ -64,74 +54,6 @@ _TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a search has its own records
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # else Ctrl-C would end the trials, and the finals begin
 }
-_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "optuna")
-
-
-@dataclass(kw_only=True, slots=True)
-class Trials:
-    """What the trials have told so far, by trial."""
-
-    last: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Newest result of each."""
-    params: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    history: dict[str, list[tuple[int, float | None, float | None, float]]] = field(
-        default_factory=dict
-    )
-    """(supervised tokens, training loss, metric, seconds since the start) of each report."""
-    errors: dict[str, str] = field(default_factory=dict)
-
-    def note(self, event: Event) -> None:
-        """Take in one event of the search: a result, or a trial's failure."""
-        fields = event.fields
-        trial = event.text("trial")
-        if event.kind == "failed":
-            self.errors[trial] = event.text("message")
-            return
-        self.errors.pop(trial, None)
-        self.params[trial] = cast(Mapping[str, Any], fields["params"])
-        self.last[trial] = fields
-        tokens = int(event.number(TOKENS))
-        # What was run again after a crash replaces what was lost with it.
-        kept = [point for point in self.history.get(trial, []) if point[0] < tokens]
-        loss, value = (_finite(fields[name]) for name in ("train_loss", "value"))
-        self.history[trial] = [*kept, (tokens, loss, value, event.number("at_s"))]
-
-
-class Recorder(Callback):
-    """Writes every result of a trial to the search's events.jsonl, which is the memory of it."""
-
-    def __init__(self, events: EventLog, metric: str, told: Callable[[], None]) -> None:
-        self._events: EventLog | None = events
-        self._metric = metric
-        self._told = told
-        self._started = time.perf_counter()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune (2.60) pickles callbacks for a restore; there, a new one takes this one's place."""
-        return {"_events": None}
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        """Keep one result; the metric's value stands under `value`."""
-        assert self._events is not None
-        fields = {name: result[name] for name in _KEPT if name in result}
-        self._events.write(
-            "result",
-            trial=trial.trial_id,
-            params=trial.config["params"],
-            value=result[self._metric],
-            at_s=round(time.perf_counter() - self._started, 3),
-            **fields,
-        )
-        self._told()
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Keep why a trial's process failed."""
-        assert self._events is not None
-        reason = str(trial.get_error() or "its process died").strip().splitlines()[-1]
-        self._events.write("failed", trial=trial.trial_id, message=reason)
-        self._told()
 
 
 def search(
@@ -213,7 +135,7 @@ def _search(
     hall.clear()
     filled = hall.occupancy()
     outcome = finals.decide(chosen, spec, hall, trials.last, trials.params, mode=mode, say=say)
-    record = _record(chosen, hall, spec, budget, base, trials, outcome, filled, started)
+    record = results.record_of(chosen, hall, spec, budget, base, trials, outcome, filled, started)
     records.write(directory, record)
     say(report.answer(record))
     if outcome is not None:
@@ -341,71 +263,6 @@ def _seats(chosen: Search) -> int:
     return min(wanted, chosen.search.trials)
 
 
-def _record(
-    chosen: Search,
-    hall: Hall,
-    spec: Spec,
-    budget: int,
-    base: Estimate | None,
-    trials: Trials,
-    outcome: finals.Outcome | None,
-    filled: Sequence[tuple[float, int]],
-    started: float,
-) -> SearchRecord:
-    own = outcome.estimates if outcome is not None else {}
-    rungs = range(spec.report_every, budget + 1, spec.report_every)
-    dimensions = chosen.space.every_dimension()
-    return SearchRecord(
-        name=chosen.recipe.name,
-        metric=chosen.search.metric,
-        mode=mode_of(chosen.search.metric),
-        space=records.Space(
-            name=chosen.space.name, dimensions={d.path: str(d.domain) for d in dimensions}
-        ),
-        wall_s=round(time.perf_counter() - started, 3),
-        isolation="exact",  # rows are independent everywhere, see training/int8.py
-        seats=hall.seats,
-        seats_filled=tuple(filled),
-        mean_seats_filled=round(mean_filled(filled), 3),
-        base=records.Estimate(value=base.value, low=base.low, high=base.high, n=base.n)
-        if base is not None
-        else None,
-        winner=outcome.winner if outcome is not None else None,
-        rungs=tuple(rungs),
-        finalists=outcome.finalists if outcome is not None else (),
-        cost=None,
-        versions={"loray": __version__, **{name: version(name) for name in _LIBRARIES}},
-        started=datetime.now(UTC).isoformat(timespec="seconds"),
-        trials=tuple(_trial(name, trials, own.get(name), chosen) for name in trials.last),
-    )
-
-
-def _trial(name: str, trials: Trials, estimate: Estimate | None, chosen: Search) -> records.Trial:
-    result = trials.last[name]
-    reason = trials.errors.get(name) or result["reason"]
-    state = "failed" if name in trials.errors else "stopped"
-    if result["is_finished"]:
-        state = "finished"
-    elif not reason:
-        reason = f"stopped by {chosen.search.scheduler} after {result[TOKENS]} supervised tokens"
-    return records.Trial(
-        trial=name,
-        state=state,
-        reason=reason,
-        params=dict(trials.params[name]),
-        rank=result["rank"],
-        learning_rate=result["learning_rate"],
-        learning_rate_at_rank_16=result["learning_rate_at_rank_16"],
-        value=_finite(result["value"]),
-        low=estimate.low if estimate is not None else None,
-        high=estimate.high if estimate is not None else None,
-        tokens=int(result[TOKENS]),
-        train_s=round(_finite(result["train_s"]) or 0.0, 3),
-        bench=result["bench"],
-        history=tuple(trials.history[name]),
-    )
-
-
 def _keep_best(directory: Path, outcome: finals.Outcome) -> None:
     """best/, the winner's adapter, and best.yaml, which trains it again."""
     source = Path(outcome.recipe.storage) / outcome.recipe.name / "adapter"
@@ -445,7 +302,3 @@ def _result(
         "wall_s": round(time.perf_counter() - started, 3),
         "peak_rss_bytes": hall.peak_rss_bytes() + worker.peak_rss_bytes(),
     }
-
-
-def _finite(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
