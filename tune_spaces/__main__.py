@@ -9,7 +9,6 @@ import typer
 
 from cluster import command
 from training.__main__ import Overrides, say
-from training.events import Event
 
 SearchFile = Annotated[
     Path, typer.Argument(help="A search file, YAML or JSON.", show_default=False)
@@ -32,28 +31,16 @@ def search(
 
     chosen = config.load(file, overrides or ())
     from tune_spaces import search as room  # torch and ray: seconds that bad usage must not cost
+    from tune_spaces import view
 
     try:
-        result = room.search(chosen, say=say, watch=_show, address=address, resume=resume)
+        with view.watching() as watch:
+            result = room.search(chosen, say=say, watch=watch, address=address, resume=resume)
     except KeyboardInterrupt:
         say("stopped; everything up to the last reports is kept: --resume goes on")
         raise typer.Exit(130) from None
     if as_json:
         print(json.dumps(result), flush=True)
-
-
-def _show(event: Event) -> None:
-    fields = event.fields
-    if event.kind == "failed":
-        say(f"trial {event.text('trial')} failed: {event.text('message')}")
-        return
-    end = "finished" if fields["is_finished"] else event.text("reason")
-    say(
-        f"trial {event.text('trial')}  rank {fields['rank']}  "
-        f"lr {event.number('learning_rate'):.2e}  "
-        f"{fields['supervised_tokens']} tokens  loss {event.number('train_loss'):.4f}"
-        f"  metric {event.number('value'):.4f}  {end}".rstrip()
-    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -50,6 +50,9 @@ class Trials:
         trial = event.text("trial")
         if event.kind == "failed":
             self.errors[trial] = event.text("message")
+        if event.kind == "stopped":
+            self.last[trial]["reason"] = event.text("reason")
+        if event.kind != "result":
             return
         self.errors.pop(trial, None)
         self.params[trial] = cast(Mapping[str, Any], fields["params"])
@@ -64,9 +67,12 @@ class Trials:
 class Recorder(Callback):
     """Writes every result of a trial to the search's events.jsonl, which is the memory of it."""
 
-    def __init__(self, events: EventLog, metric: str, told: Callable[[], None]) -> None:
+    def __init__(
+        self, events: EventLog, told: Callable[[], None], *, metric: str, scheduler: str
+    ) -> None:
         self._events: EventLog | None = events
         self._metric = metric
+        self._scheduler = scheduler
         self._told = told
         self._started = time.perf_counter()
 
@@ -88,6 +94,16 @@ class Recorder(Callback):
             at_s=round(time.perf_counter() - self._started, 3),
             **fields,
         )
+        self._told()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Keep why a trial ended before its time."""
+        assert self._events is not None
+        last: Mapping[str, Any] = trial.last_result
+        if last.get("is_finished") or last.get("reason") or TOKENS not in last:
+            return
+        reason = f"by {self._scheduler}, after {last[TOKENS]} supervised tokens"
+        self._events.write("stopped", trial=trial.trial_id, reason=reason)
         self._told()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -138,18 +154,18 @@ def record_of(
         cost=None,
         versions={"loray": __version__, **{name: version(name) for name in _LIBRARIES}},
         started=datetime.now(UTC).isoformat(timespec="seconds"),
-        trials=tuple(_trial(name, trials, own.get(name), chosen) for name in trials.last),
+        trials=tuple(_trial(name, trials, own.get(name)) for name in trials.last),
     )
 
 
-def _trial(name: str, trials: Trials, estimate: Estimate | None, chosen: Search) -> records.Trial:
+def _trial(name: str, trials: Trials, estimate: Estimate | None) -> records.Trial:
     result = trials.last[name]
     reason = trials.errors.get(name) or result["reason"]
     state = "failed" if name in trials.errors else "stopped"
     if result["is_finished"]:
         state = "finished"
     elif not reason:
-        reason = f"stopped by {chosen.search.scheduler} after {result[TOKENS]} supervised tokens"
+        reason = f"at the search's time limit, after {result[TOKENS]} supervised tokens"
     return records.Trial(
         trial=name,
         state=state,

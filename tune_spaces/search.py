@@ -127,7 +127,8 @@ def _search(
 
     best: dict[str, Any] = {}
     with closing(EventLog(directory / "events.jsonl")) as events:
-        recorder = Recorder(events, metric, read)
+        events.write("started", metric=metric, trials=chosen.search.trials, budget=budget)
+        recorder = Recorder(events, read, metric=metric, scheduler=chosen.search.scheduler)
         for number, space in enumerate(chosen.space.stages or (chosen.space,)):
             _tune(chosen, space, number, directory, hall, spec, budget, best, recorder)
             leaders = finals.finished(trials.last, mode)
