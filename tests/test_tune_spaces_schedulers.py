@@ -23,7 +23,7 @@ from tune_spaces.searcher import ListSearcher, OptunaSearcher
     ],
 )
 def test_the_schedulers_are_tune_s_own(name: str, kind: type) -> None:
-    search = SearchConfig(scheduler=name)  # pyright: ignore
+    search = SearchConfig(scheduler=name, searcher="random")  # pyright: ignore
     made = make_scheduler(search, spaces.rank_lr(), budget=800, report=100)
     assert type(made) is kind
 
@@ -37,8 +37,11 @@ def test_asha_judges_by_supervised_tokens_from_the_first_report_on() -> None:
 
 def test_population_based_training_needs_something_that_may_change() -> None:
     space = config.parse({"lora.rank": [8, 16]})
+    search = SearchConfig(scheduler="pbt", searcher="random")
     with pytest.raises(ConfigError, match="pbt changes learning rate"):
-        make_scheduler(SearchConfig(scheduler="pbt"), space, budget=800, report=100)
+        make_scheduler(search, space, budget=800, report=100)
+    with pytest.raises(ConfigError, match=r"set search\.searcher: random"):
+        make_scheduler(SearchConfig(scheduler="pbt"), spaces.rank_lr(), budget=800, report=100)
     with pytest.raises(ConfigError, match="use pbt"):
         make_scheduler(SearchConfig(scheduler="pb2"), space, budget=800, report=100)
 

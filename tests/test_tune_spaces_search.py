@@ -115,6 +115,43 @@ def test_a_killed_search_goes_on_and_nothing_runs_twice(tmp_path: Path, tiny_bas
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize("scheduler", ["hyperband", "pbt"])
+def test_schedulers_that_pause_and_copy_trials_run_unmodified(
+    tmp_path: Path, tiny_base: Path, scheduler: str
+) -> None:
+    space = {
+        "optim.learning_rate": {"log_uniform": [1e-3, 3e-2]},
+        "lora.dropout": {"uniform": [0.0, 0.2]},
+    }
+    search = {"scheduler": scheduler, "trials": 4, "seats": 4, "seeds": 1, "test": None}
+    path = write_search(tmp_path, tiny_base, space=space, search=search)
+    status, out, err = call(["tune_spaces", path.name, "--json"], tmp_path)
+    assert status == 0, err
+    result = result_of(out)
+    assert result["trials"] == 4
+    assert result["failed"] == 0, err
+    assert result["best_metric"] < result["base_metric"]
+
+
+@pytest.mark.ray
+def test_ctrl_c_keeps_everything_and_resume_goes_on(tmp_path: Path, tiny_base: Path) -> None:
+    search = {"scheduler": "fifo", "trials": 3, "seats": 3, "finalists": 1, "seeds": 1}
+    optim = {"max_steps": 400, "global_batch_size": 4}
+    path = write_search(tmp_path, tiny_base, search=search, optim=optim)
+    directory = tmp_path / "runs" / "found"
+    process = start(["tune_spaces", path.name], tmp_path)
+    wait_until(lambda: len(list(directory.glob("trials/*/checkpoints/step-*"))) >= 3, process)
+    os.kill(process.pid, signal.SIGINT)
+    status, _, err = finish(process)
+    assert status == 130, err
+    assert "--resume goes on" in err
+    status, out, err = call(["tune_spaces", path.name, "--resume", "--json"], tmp_path)
+    assert status == 0, err
+    assert result_of(out)["finished"] == 3
+    assert all(trial.history[0][0] < trial.tokens for trial in records.read(directory).trials)
+
+
+@pytest.mark.ray
 def test_trials_that_all_diverge_end_the_search_with_the_reason(
     tmp_path: Path, tiny_base: Path
 ) -> None:

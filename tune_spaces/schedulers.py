@@ -49,8 +49,9 @@ def make_scheduler(
         # It makes a bracket for each power of its factor in max_t: count reports, not tokens.
         return HyperBandScheduler(
             time_attr="training_iteration",
-            max_t=max(2, budget // report),
+            max_t=max(2, budget // report + 1),
             reduction_factor=search.reduction_factor,
+            stop_last_trials=False,
         )
     if search.scheduler == "median":
         return MedianStoppingRule(time_attr=TOKENS, grace_period=grace, min_samples_required=3)
@@ -79,16 +80,27 @@ def make_searcher(
             study_name=space.name,
             sampler=search.sampler,
         ), search.trials
+    rows = drawn(search, space, fixed=fixed)
+    return ListSearcher(rows), len(rows)
+
+
+def drawn(search: SearchConfig, space: Space, *, fixed: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parameters of all trials of a grid or of random search, in order."""
     if search.searcher == "grid":
         rows = space.grid()[: search.trials]
     else:
         rng = np.random.default_rng(search.seed)
         rows = [space.sample(rng) for _ in range(search.trials)]
-    return ListSearcher([{**fixed, **row} for row in rows]), len(rows)
+    return [{**fixed, **row} for row in rows]
 
 
 def _population(search: SearchConfig, space: Space, *, every: int) -> TrialScheduler:
     """Population based training over what may change in the middle of a trial."""
+    if search.searcher == "optuna":
+        raise ConfigError(
+            "search.scheduler: pbt changes the parameters itself, which Optuna could not follow; "
+            "set search.searcher: random (or grid) for its first population"
+        )
     rng = np.random.default_rng(search.seed)
 
     def draw(domain: Any) -> Callable[[], Any]:

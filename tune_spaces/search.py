@@ -6,6 +6,7 @@ study.journal (Optuna's), best/, best.yaml, trials.csv and report.html.
 """
 
 import json
+import logging
 import math
 import shutil
 import time
@@ -33,7 +34,7 @@ from tune_spaces.config import Search
 from tune_spaces.hall import Hall
 from tune_spaces.record import SearchRecord
 from tune_spaces.results import Recorder, Trials, Watcher
-from tune_spaces.schedulers import make_scheduler, make_searcher, mode_of
+from tune_spaces.schedulers import drawn, make_scheduler, make_searcher, mode_of
 from tune_spaces.searcher import OptunaSearcher
 from tune_spaces.spaces import Space
 from tune_spaces.trial import SeatTrial, Spec
@@ -191,6 +192,8 @@ def _tune(
     recorder: Recorder,
 ) -> None:
     """One stage under Ray Tune, or what is left of it."""
+    # Tune (2.60) misses the files of its own loggers, which a search does without.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     name = f"tune-{stage}"
     trainable = tune.with_resources(SeatTrial, {"cpu": _TRIAL_CPUS})
     where = directory / name
@@ -205,10 +208,15 @@ def _tune(
             tuner._local_tuner._run_config.callbacks = callbacks  # pyright: ignore
         else:
             searcher, count = make_searcher(chosen.search, space, directory=directory, fixed=fixed)
+            params: dict[str, Any] = {"spec": str(directory / _SPEC)}
+            if chosen.search.scheduler == "pbt":  # Tune lets it have no searcher beside itself
+                rows = drawn(chosen.search, space, fixed=fixed)
+                searcher, count = None, 1
+                params["params"] = tune.grid_search(rows)
             minutes = chosen.search.budget_minutes
             tuner = tune.Tuner(
                 trainable,
-                param_space={"spec": str(directory / _SPEC)},
+                param_space=params,
                 tune_config=TuneConfig(
                     metric=chosen.search.metric,
                     mode=mode_of(chosen.search.metric),
