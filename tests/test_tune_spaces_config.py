@@ -285,3 +285,10 @@ def test_any_mapping_is_a_space_or_a_config_error(spec: dict[str, Any]) -> None:
     else:
         for params in space.grid(2)[:20]:
             spaces.recipe_for(spaces.BARE, params, is_lr_scaled=space.is_lr_scaled)
+
+
+def test_every_shipped_search_file_is_read() -> None:
+    shipped = sorted((Path(config.__file__).parent / "searches").glob("*.yaml"))
+    assert shipped
+    for path in shipped:
+        assert config.load(path).search.trials > 1, path
