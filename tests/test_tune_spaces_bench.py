@@ -216,17 +216,9 @@ def test_a_seat_with_broken_numbers_is_taken_away_and_its_neighbours_go_on(
             with torch.no_grad():
                 next(iter(bench._places["bad"].seat.parameters.values())).fill_(float("nan"))
 
-    for recipe in (good, bad):
-        join(bench, recipe)
-        bench.ask(recipe.name, supervised_tokens=ALL_TOKENS)
-    turns = 0
-    while bench.has_work:
-        bench.turn()
-        turns += 1
-        poison(turns)
+    run(bench, [good, bad], poison)
     with pytest.raises(SeatLost, match="loss nan"):
         bench.collect("bad")
-    bench.export("good")
     assert_same(good, alone)
 
 

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,7 @@ def _search(
     base = None if metric == "train_loss" else finals.base_estimate(hall, metric, recipe)
     if base is not None:
         say(f"{metric} of the base model: {base.value:.4f} ({base.low:.4f} to {base.high:.4f})")
-    budget, path = _spec(chosen, recipe, directory, hall)
-    spec = Spec(**json.loads(path.read_text(encoding="utf-8")))
+    budget, spec = _spec(chosen, recipe, directory, hall)
     trials = Trials()
     reader = EventReader(directory / "events.jsonl")
     for event in reader.read():  # of the driver that this one goes on for
@@ -152,8 +151,8 @@ def _search(
     return _result(directory, record, outcome, hall, started)
 
 
-def _spec(chosen: Search, recipe: TrainRecipe, directory: Path, hall: Hall) -> tuple[int, Path]:
-    """The supervised tokens of a trial, and the file from which trials read what they share."""
+def _spec(chosen: Search, recipe: TrainRecipe, directory: Path, hall: Hall) -> tuple[int, Spec]:
+    """The supervised tokens of a trial, and what trials share, which they read from a file."""
     num_examples, num_supervised = hall.size()
     per_example = num_supervised / num_examples
     optim = recipe.optim
@@ -163,21 +162,21 @@ def _spec(chosen: Search, recipe: TrainRecipe, directory: Path, hall: Hall) -> t
         else max(1, round(optim.epochs * num_examples))
     )
     budget = chosen.search.budget_tokens or max(1, round(examples * per_example))
-    fields = {
-        "recipe": config.plain(recipe),
-        "directory": str(directory / "trials"),
-        "namespace": hall.namespace,
-        "benches": list(hall.names),
-        "metric": chosen.search.metric,
-        "is_lr_scaled": chosen.space.is_lr_scaled,
-        "report_every": chosen.search.report_every_tokens or max(1, math.ceil(budget / _REPORTS)),
-        "budget": chosen.search.budget_tokens,
-        "tokens_per_example": per_example,
-        "base_loss": hall.base_loss(),
-    }
-    path = directory / _SPEC
-    storage.write_file(path, json.dumps(fields, indent=1).encode())
-    return budget, path
+    report_every = chosen.search.report_every_tokens or max(1, math.ceil(budget / _REPORTS))
+    spec = Spec(
+        recipe=config.plain(recipe),
+        directory=str(directory / "trials"),
+        namespace=hall.namespace,
+        benches=hall.names,
+        metric=chosen.search.metric,
+        is_lr_scaled=chosen.space.is_lr_scaled,
+        report_every=report_every,
+        budget=chosen.search.budget_tokens,
+        tokens_per_example=per_example,
+        base_loss=hall.base_loss(),
+    )
+    storage.write_file(directory / _SPEC, json.dumps(asdict(spec), indent=1).encode())
+    return budget, spec
 
 
 def _tune(
