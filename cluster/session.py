@@ -223,6 +223,8 @@ def _private(num_cpus: int | None) -> Iterator[None]:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": None,
             "RAY_AUTH_TOKEN_PATH": str(token),
+            # The controller runs in this process, whose logging is not Ray's to set up.
+            "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # Nobody takes this machine away.
             # On two cores each process that wakes up takes time from the training (2.60).
             "RAY_enable_metrics_collection": "0",

@@ -1,6 +1,10 @@
 """What of Ray Train is started for a run; fails where the private names of Ray 2.60 move."""
 
-from typing import Any
+import ast
+import inspect
+import textwrap
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 from ray.train import ScalingConfig
@@ -38,24 +42,71 @@ def test_one_worker_has_no_process_group_and_several_have() -> None:
     assert TorchConfig().backend_cls is not Backend
 
 
-def test_a_private_ray_is_not_asked_to_scale() -> None:
-    asked: dict[str, object] = {}
+class Controller:
+    """Stands in for the controller: what it was made with, and that it ran."""
 
-    class Noting(trainer.TorchTrainer):
-        def _initialize_and_run_controller(self, **options: object) -> None:
-            asked.update(options)
+    made: ClassVar[list["Controller"]] = []
 
-    class Lean(trainer._LeanTrainer, Noting):
-        pass
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.has_run = False
+        self.made.append(self)
 
-    lean = Lean(lambda: None, scaling_config=ScalingConfig(num_workers=1))
-    for is_private in (False, True):
-        lean.is_private = is_private
-        lean._initialize_and_run_controller(scaling_policy="Ray's own")
-        assert (asked["scaling_policy"] == "Ray's own") is not is_private
-    policy = asked["scaling_policy"]
+    async def run(self) -> None:
+        self.has_run = True
+
+    def get_result(self) -> bool:
+        return self.has_run
+
+
+def test_a_private_ray_runs_the_controller_here_and_is_not_asked_to_scale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trainer, "_DriverController", Controller)
+    lean = trainer._LeanTrainer(lambda: None, scaling_config=ScalingConfig(num_workers=1))
+    lean.is_private = True
+    assert lean._initialize_and_run_controller(scaling_policy="Ray's own") is True
+    policy: Any = Controller.made[-1].options["scaling_policy"]
     assert isinstance(policy, trainer._StillPolicy)
     policy.after_controller_start(None)
     assert policy._coordinator_client is None
-    decision: Any = policy.make_decision_for_non_running_worker_group()
-    assert decision.num_workers == 1
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 1
+
+
+def test_a_shared_cluster_has_rays_own_controller(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def note(_: Any, **options: Any) -> None:
+        asked.update(options)
+
+    monkeypatch.setattr(trainer.TorchTrainer, "_initialize_and_run_controller", note)
+    lean = trainer._LeanTrainer(lambda: None, scaling_config=ScalingConfig(num_workers=1))
+    lean._initialize_and_run_controller(scaling_policy="Ray's own")
+    assert asked["scaling_policy"] == "Ray's own"
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_the_barrier_of_one_worker_is_ended(
+    num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(trainer.WorkerGroup, "_start", lambda _: None)
+    monkeypatch.setattr(trainer.WorkerGroup, "get_workers", lambda _: [None] * num_workers)
+    monkeypatch.setattr(trainer.ray, "kill", ended.append)
+    group: Any = object.__new__(trainer._LeanGroup)
+    group._worker_group_state = SimpleNamespace(sync_actor="barrier")
+    group._start()
+    assert ended == (["barrier"] if num_workers == 1 else [])
+
+
+def test_workers_are_told_what_ray_tells_them() -> None:
+    """_LeanGroup repeats one call of Ray's; its arguments must stay those of Ray's own."""
+
+    def names(method: Any) -> set[str]:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        return {key.arg for call in calls for key in call.keywords if key.arg}
+
+    ours = names(trainer._LeanGroup._init_train_context_on_workers)
+    assert ours == names(trainer.WorkerGroup._init_train_context_on_workers)
+    assert "controller_actor" in ours

@@ -2,23 +2,29 @@
 
 Ray Train 2.60 starts six helper actors beside the workers, each of which wakes 100 times a second.
 On two cores helpers and servers took 9 % of the training speed: the loop's two threads wait for
-each other, so that a pause of one is a pause of both. The helpers that have nothing to do are not
-started here, the servers not in `cluster.session`; `scripts/bench ray` measures what is left. The
-private names of Ray Train that this takes are all in this file.
+each other, so that a pause of one is a pause of both. On a private Ray the controller therefore
+runs in the driver, and helpers that have nothing to do are not started or end at once; the servers
+likewise in `cluster.session`. `scripts/bench ray` measures what is left. The private names of Ray
+Train that this takes are all in this file.
 """
 
+import asyncio
+import logging
 import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 from cluster import config
 from cluster.errors import ResourceError
@@ -114,9 +120,50 @@ class _LeanTrainer(TorchTrainer):
         return [call for call in super()._create_default_callbacks() if not isinstance(call, idle)]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
-        if self.is_private:
-            options["scaling_policy"] = _StillPolicy(self.scaling_config)
-        return super()._initialize_and_run_controller(**options)
+        if not self.is_private:
+            return super()._initialize_and_run_controller(**options)
+        options["scaling_policy"] = _StillPolicy(self.scaling_config)
+        # It is told to the controller's own log elsewhere; a person reads our events and errors.
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)
+        controller = _DriverController(**options)
+        asyncio.run(controller.run())
+        return controller.get_result()
+
+
+class _LeanGroup(WorkerGroup):
+    """Workers without a controller actor, and where there is one, without a barrier actor."""
+
+    def _start(self) -> None:
+        super()._start()
+        if len(self.get_workers()) == 1:  # it would wait for itself in a process of its own
+            state: Any = self._worker_group_state
+            ray.kill(state.sync_actor)
+
+    def _init_train_context_on_workers(
+        self, workers: Any, sync_actor: Any, train_context_args: Any
+    ) -> None:
+        """As Ray's, but for the controller's handle, which only ray.train.report would use."""
+        ray.get(
+            [
+                worker.actor.init_train_context.remote(
+                    train_run_context=self._train_run_context,
+                    distributed_context=worker.distributed_context,
+                    synchronization_actor=sync_actor,
+                    storage_context=self._storage_context,
+                    worker_callbacks=self._worker_callbacks_to_propagate,
+                    controller_actor=None,
+                    **{name: values[i] for name, values in train_context_args.items()},
+                )
+                for i, worker in enumerate(workers)
+            ]
+        )
+        self._decorate_worker_log_file_paths(workers)
+
+
+class _DriverController(TrainController):
+    """The controller, in the driver's process: a private Ray ends with its driver anyway."""
+
+    worker_group_cls = _LeanGroup
 
 
 class _StillPolicy(FixedScalingPolicy):
