@@ -146,10 +146,17 @@ def test_answers_of_all_trials_are_mixed_and_each_is_as_alone(
         trial(tmp_path, tiny_base, name, seed, steps=60, rate=0.1) for seed, name in enumerate("ab")
     ]
     actor = BenchActor(
-        config.plain(recipes[0]), str(tmp_path), seats=2, threads=1, fill_window_s=0, name="x"
+        config.plain(recipes[0]),
+        str(tmp_path),
+        largest=config.plain(recipes[0]),
+        seats=2,
+        most=2,
+        threads=1,
+        fill_window_s=0,
+        name="x",
     )
     try:
-        assert actor.ready() == "x"
+        assert actor.ready()["seats"] == 2
         assert actor.size()[0] == 24
         for one in recipes:
             actor.join(one.name, config.plain(one), str(run_dir_of(one)))

@@ -10,6 +10,7 @@ import pytest
 
 from cluster.errors import ConfigError
 from training.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, TrainRecipe
+from tune_spaces import config as search_config
 from tune_spaces import spaces
 from tune_spaces.spaces import AT_RANK_16, Choices, Dimension, Floats, Ints, Space
 
@@ -245,3 +246,18 @@ def test_rule_is_warned_of_where_it_was_not_made_for_the_recipe(lora: LoraConfig
     (warning,) = spaces.warnings_for(spaces.rank_lr(), recipe)
     assert "scale_learning_rate: false" in warning
     assert spaces.warnings_for(spaces.targets(), recipe) == []
+
+
+def test_the_largest_adapter_has_the_highest_rank_and_most_targets_at_the_smallest_batch() -> None:
+    space = search_config.parse(
+        {
+            "lora.rank": [4, 64, 8],
+            "lora.target_modules": [["q_proj"], "all-linear", ["q_proj", "v_proj"]],
+            "optim.global_batch_size": [8, 32],
+        }
+    )
+    recipe = spaces.largest(space, RECIPE)
+    assert recipe.lora.rank == 64
+    assert recipe.lora.target_modules == "all-linear"
+    assert recipe.optim.global_batch_size == 8
+    assert spaces.largest(Space(name="none"), RECIPE) is RECIPE

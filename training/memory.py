@@ -39,6 +39,8 @@ class MemoryPlan:
     """Padding included."""
     gradient_checkpointing: bool
     pad_id: int
+    activation_bytes: int = 0
+    """What one micro-batch takes beside the model and its adapters, about."""
     note: str = ""
     """Why, in one line, for the user."""
 
@@ -92,6 +94,7 @@ def decide(
         micro_batch_tokens=tokens,
         gradient_checkpointing=is_on,
         pad_id=pad_id,
+        activation_bytes=int(tokens * used + fixed),
         note=note,
     )
 
@@ -169,6 +172,11 @@ def random_probe(vocab_size: int, pad_id: int) -> packing.MicroBatch:
     ids = np.random.default_rng(0).integers(vocab_size, size=128, dtype=np.int32)
     row = Encoded(id="probe", input_ids=ids, labels=ids, is_truncated=False, has_end=False)
     return packing.plan([row], micro_batch_tokens=128, is_packed=True, pad_id=pad_id)[0]
+
+
+def fitting(free: float, each: float) -> int:
+    """How many things of `each` bytes the usable share of `free` bytes holds."""
+    return max(0, int(_USABLE_SHARE * free / each))
 
 
 def free_bytes(device: torch.device) -> float:

@@ -4,6 +4,7 @@
 thread alone, so joins, saves and evaluations happen between two turns.
 """
 
+import functools
 import logging
 import threading
 import time
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -21,7 +22,9 @@ from cluster.errors import LorayError
 from training import checkpoint, evaluate, examples, generation, worker
 from training.config import TrainRecipe
 from training.examples import Example
+from tune_spaces import capacity
 from tune_spaces.bench import Bench, Progress
+from tune_spaces.capacity import Capacity
 
 T = TypeVar("T")
 
@@ -47,7 +50,8 @@ class Desk:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._make_bench = make_bench
-        self._seats = seats
+        self.seats = seats
+        """Trials that may have a seat at the same time."""
         self._fill_window_s = fill_window_s
         self._clock = clock
         self._orders: deque[tuple[Callable[[Bench], Any], Future[Any]]] = deque()
@@ -77,7 +81,7 @@ class Desk:
         """
 
         def do(bench: Bench) -> tuple[int, int] | None:
-            if trial not in bench.trials and len(bench.trials) >= self._seats:
+            if trial not in bench.trials and len(bench.trials) >= self.seats:
                 return None
             tokens = bench.join(trial, recipe, run_dir)
             self._note(bench)
@@ -173,7 +177,7 @@ class Desk:
         if self._fill_window_s <= 0 or self._first_join_s is None:
             return False
         is_over = self._clock() - self._first_join_s >= self._fill_window_s
-        if is_over or len(bench.trials) >= self._seats:
+        if is_over or len(bench.trials) >= self.seats:
             self._fill_window_s = 0.0
         return self._fill_window_s > 0
 
@@ -186,7 +190,9 @@ class BenchActor:
         recipe: Mapping[str, Any],
         directory: str,
         *,
-        seats: int,
+        largest: Mapping[str, Any],
+        seats: int | Literal["auto"],
+        most: int,
         threads: int,
         fill_window_s: float,
         name: str,
@@ -199,14 +205,26 @@ class BenchActor:
             torch.set_num_threads(threads)  # of the desk's thread, which does all the work
             return Bench(recipe=self._recipe, directory=Path(directory), device=device)
 
-        self._desk = Desk(make_bench, seats=seats, fill_window_s=fill_window_s)
+        self._desk = Desk(make_bench, seats=0, fill_window_s=fill_window_s)
+        self._capacity: Capacity | None = None
+        self._find = functools.partial(
+            capacity.find,
+            recipe=config.build(TrainRecipe, largest, where="search"),
+            wanted=seats,
+            most=most,
+            kept=Path(directory) / f"seats-{name}.json",
+        )
 
-    def ready(self) -> str:
-        """The bench's name, once the base is loaded."""
-        return self._desk.order(lambda _: self._name)
+    def ready(self) -> dict[str, Any]:
+        """The bench's Capacity, once the base is loaded and the seats are counted."""
+        if self._capacity is None:  # also of a bench that was restarted, whose first call is a join
+            found = self._desk.order(self._find)
+            self._desk.seats, self._capacity = found.seats, found
+        return asdict(self._capacity)
 
     def join(self, trial: str, recipe: Mapping[str, Any], run_dir: str) -> tuple[int, int] | None:
         """See Desk.join."""
+        self.ready()
         return self._desk.join(
             trial, config.build(TrainRecipe, recipe, where=f"trial {trial}"), Path(run_dir)
         )

@@ -162,17 +162,20 @@ class Bench:
         """Let a trial train until it has seen that many supervised tokens, or its schedule ends."""
         self._places[trial].target = supervised_tokens
 
-    def turn(self) -> None:
-        """One forward and backward pass over pieces of the seats that are furthest behind."""
+    def turn(self) -> int:
+        """One forward and backward pass over pieces of the seats that are furthest behind.
+
+        Returns its real tokens, 0 where no seat wants a turn or memory ran out.
+        """
         pieces = self._choose()
         if not pieces:
-            return
+            return 0
         started = self.clock()
         try:
             seat.turn(self.trunk, [(place.seat, piece) for place, piece in pieces])
         except (torch.OutOfMemoryError, MemoryError):
             self._shed([place for place, _ in pieces])
-            return
+            return 0
         for place, _ in pieces:
             if not place.seat.pending:
                 self._finish_step(place)
@@ -182,6 +185,7 @@ class Bench:
             part_s = seconds * piece.batch.num_real_tokens / tokens
             state = place.seat.state
             place.seat.state = replace(state, train_s=state.train_s + part_s)
+        return tokens
 
     def is_ready(self, trial: str) -> bool:
         """Whether `collect` has something to tell."""
@@ -217,6 +221,10 @@ class Bench:
         if self.data.eval is None:
             return None
         return seat.eval_loss(self.trunk, self.data.eval, adapter=adapter)
+
+    def num_parameters(self, trial: str) -> int:
+        """Numbers that a trial trains."""
+        return sum(p.numel() for p in self._places[trial].seat.parameters.values())
 
     def adapter_of(self, trial: str) -> str:
         """What a trial's adapter, or the bare base's, is called on this bench."""

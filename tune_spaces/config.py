@@ -59,7 +59,7 @@ class SearchConfig:
     trials: int = 16
     """Trials in all; a grid has as many as it has points, up to this number."""
     seats: int | Literal["auto"] = "auto"
-    """Trials at once on one base; auto is 8, or as many as there are trials."""
+    """Trials at once on one base; auto is as many as make it faster, found by a short probe."""
     scheduler: Literal["fifo", "asha", "hyperband", "median", "pbt", "pb2"] = "asha"
     """What stops weak trials early; fifo stops none; pbt and pb2 also change the strong ones."""
     searcher: Literal["random", "grid", "optuna"] = "optuna"

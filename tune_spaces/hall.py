@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import ray
 import ray.exceptions
@@ -17,6 +17,7 @@ from cluster.errors import ClusterError
 from training.config import TrainRecipe
 from tune_spaces.actor import CALLERS, BenchActor
 from tune_spaces.bench import BASE
+from tune_spaces.capacity import Capacity
 
 _CALL_TIMEOUT_S = 24 * 3600.0
 TO_THE_END = 1 << 60
@@ -29,8 +30,8 @@ class Hall:
 
     namespace: str
     names: tuple[str, ...]
-    seats: int
-    """Of all benches together."""
+    capacities: tuple[Capacity, ...]
+    """Of each bench."""
     actors: tuple[Any, ...]
 
     @classmethod
@@ -39,13 +40,16 @@ class Hall:
         recipe: TrainRecipe,
         directory: Path,
         *,
-        seats: int,
+        largest: TrainRecipe,
+        seats: int | Literal["auto"],
+        most: int,
         fill_window_s: float,
         timeout_s: float,
     ) -> Self:
         """Start a bench on each device, and wait until all have loaded the base.
 
-        seats: of each bench. Raises ClusterError after `timeout_s`; what a bench raises comes
+        largest: the recipe of the search's largest adapter. seats: of each bench. most: seats
+        that there are trials for. Raises ClusterError after `timeout_s`; what a bench raises comes
         through.
         """
         namespace = f"loray-search-{recipe.name}"
@@ -65,17 +69,16 @@ class Hall:
             ).remote(
                 config.plain(recipe),
                 str(directory),
+                largest=config.plain(largest),
                 seats=seats,
+                most=math.ceil(most / len(places)),
                 threads=place.threads,
                 fill_window_s=fill_window_s,
                 name=name,
             )
             actors.append(actor)
-        hall = cls(
-            namespace=namespace, names=names, seats=seats * len(actors), actors=tuple(actors)
-        )
         try:
-            ray.get([actor.ready.remote() for actor in actors], timeout=timeout_s)
+            found = ray.get([actor.ready.remote() for actor in actors], timeout=timeout_s)
         except ray.exceptions.GetTimeoutError:
             raise ClusterError(
                 f"{len(actors)} benches did not load the base within {timeout_s:.0f} s; see "
@@ -83,7 +86,17 @@ class Hall:
             ) from None
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
-        return hall
+        return cls(
+            namespace=namespace,
+            names=names,
+            capacities=tuple(Capacity(**each) for each in found),
+            actors=tuple(actors),
+        )
+
+    @property
+    def seats(self) -> int:
+        """Of all benches together."""
+        return sum(each.seats for each in self.capacities)
 
     def call(self, bench: int, method: str, *arguments: Any) -> Any:
         """What a method of a bench returns or raises."""
@@ -111,7 +124,7 @@ class Hall:
         """
         names = [name for name in recipes if name != BASE]
         found: dict[str, dict[str, list[float]]] = {}
-        per_bench = max(1, self.seats // len(self.actors))
+        per_bench = self.capacities[0].seats
         waves = [names[i : i + per_bench] for i in range(0, len(names), per_bench)] or [[]]
         for wave in waves:
             with ThreadPoolExecutor(max_workers=max(1, len(wave))) as pool:

@@ -40,8 +40,6 @@ from tune_spaces.spaces import Space
 from tune_spaces.trial import SeatTrial, Spec
 
 _SPEC = "spec.json"
-_SEATS = 8
-"""What `search.seats: auto` is."""
 _REPORTS = 8
 """Reports of a trial, unless search.report_every_tokens says otherwise."""
 _TRIAL_CPUS = 0.01
@@ -90,10 +88,14 @@ def search(
             hall = Hall.open(
                 recipe,
                 directory,
-                seats=_seats(chosen),
+                largest=spaces.largest(chosen.space, recipe),
+                seats=chosen.search.seats,
+                most=chosen.search.trials,
                 fill_window_s=chosen.search.fill_window_s,
                 timeout_s=_READY_TIMEOUT_S,
             )
+            for name, each in zip(hall.names, hall.capacities, strict=True):
+                say(f"{name}: {each}")
             try:
                 return _search(chosen, recipe, directory, hall, say, watch, started)
             finally:
@@ -264,11 +266,6 @@ def _claim(directory: Path, chosen: Search, *, resume: bool) -> None:
     elif (directory / "recipe.json").exists():
         raise ConfigError(f"{directory} is a training run; give the search another name")
     storage.write_file(path, json.dumps(plain, indent=1).encode())
-
-
-def _seats(chosen: Search) -> int:
-    wanted = _SEATS if chosen.search.seats == "auto" else chosen.search.seats
-    return min(wanted, chosen.search.trials)
 
 
 def _keep_best(directory: Path, outcome: finals.Outcome) -> None:

@@ -41,6 +41,8 @@ SEARCHABLE: tuple[str, ...] = (
 BARE = TrainRecipe(name="space", model=ModelConfig(base="demo"), data=DataConfig(train="train"))
 """A recipe of defaults, for a space that belongs to no recipe."""
 
+_TARGETS = "lora.target_modules"
+_BATCH = "optim.global_batch_size"
 _MUTABLE = (LEARNING_RATE, AT_RANK_16, "optim.weight_decay", "lora.dropout")
 _MAX_GRID = 100_000
 
@@ -220,6 +222,26 @@ class Space:
             if dimension.applies(params):
                 params[dimension.path] = value_of(dimension)
         return params
+
+
+def largest(space: Space, recipe: TrainRecipe) -> TrainRecipe:
+    """The recipe of the space's largest adapter, at its smallest batch: what seats are sized by."""
+    params: dict[str, Any] = {}
+    for dimension in space.every_dimension():
+        ends = dimension.domain.ends()
+        if dimension.path == RANK:
+            params[RANK] = max(ends)
+        elif dimension.path == _TARGETS:
+            params[_TARGETS] = max(ends, key=_width)
+        elif dimension.path == _BATCH:
+            params[_BATCH] = min(ends)
+    return recipe_for(recipe, params, where=f"space {space.name!r}") if params else recipe
+
+
+def _width(targets: Any) -> float:
+    if isinstance(targets, str):
+        return math.inf if targets == "all-linear" else 1
+    return len(targets)
 
 
 def recipe_for(
