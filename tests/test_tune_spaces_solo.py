@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
-from processes import call
+from local_cluster import local_cluster
+from processes import ROOT, call
 from runs import make_recipe, run_dir_of, train
 from test_tune_spaces_search import result_of, write_search
 
@@ -75,6 +76,33 @@ def test_a_solo_trial_that_diverges_ends_with_its_reason(tmp_path: Path, tiny_ba
     assert "the optimiser did not step" in err
     [trial] = records.read(tmp_path / "runs" / "found").trials
     assert (trial.state, trial.value) == ("stopped", None)
+
+
+@pytest.mark.ray
+def test_a_search_runs_as_a_ray_job(tmp_path: Path, tiny_base: Path) -> None:
+    """Packed by `ray job submit`, solo by `loray search --submit`; both find what is on disk."""
+    short = {"trials": 1, "scheduler": "fifo", "seeds": 1, "finalists": 1, "fill_window_s": 0}
+    paths = {
+        mode: str(write_search(tmp_path, tiny_base, name=mode, search={**short, "mode": mode}))
+        for mode in ("packed", "solo")
+    }
+    with local_cluster() as cluster:
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": cluster.token}
+        address = ["--address", cluster.jobs_address]
+        ray = ["ray.scripts.scripts", "job", "submit", *address, "--working-dir", "."]
+        words = [*ray, "--", "python", "-m", "tune_spaces", paths["packed"], "--json"]
+        status, out, err = call(words, ROOT, token)
+        assert status == 0, out + err
+        assert '"search_dir"' in out
+        words = ["loray", "search", "--submit", *address, paths["solo"], "--json"]
+        status, out, err = call(words, tmp_path, token)
+        assert status == 0, out + err
+        assert result_of(out)["finished"] == 1
+        again = call([*words, "--resume"], tmp_path, token)
+        assert again[0] == 0, again
+        assert result_of(again[1])["best_metric"] == result_of(out)["best_metric"]
+    values = [records.read(tmp_path / "runs" / mode).trials[0].value for mode in paths]
+    assert values[0] == pytest.approx(values[1], abs=1e-4)
 
 
 class Script:

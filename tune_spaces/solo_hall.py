@@ -72,6 +72,7 @@ class SoloHall:
         Raises ResourceError where the cluster has no room for `wanted` runs, or for one.
         """
         there = solo.nodes()
+        wanted = None if wanted is None else min(wanted, trials)
         seats = min(solo.runs_at_once(s, there, wanted) for s in _scales(recipe, space))
         return cls(recipe=recipe, directory=directory, seats=min(seats, trials), nodes=there)
 
