@@ -174,7 +174,7 @@ def test_trials_that_all_diverge_end_the_search_with_the_reason(
         (["FILE", "search.metric=loss"], "allowed: eval_loss"),
         (["FILE", "space=rank_l"], "Did you mean 'rank_lr'"),
         (["FILE", "data.eval=null"], "data.eval"),
-        (["FILE", "search.mode=solo"], "not part of this release"),
+        (["FILE", "lora.variant=dora"], "search.mode: solo"),
         (["FILE", "search.scheduler=pb2"], "use pbt"),
         (["FILE", "--resume"], "no search to resume"),
         (["FILE", "--address", "127.0.0.1:1"], "cannot be reached"),

@@ -1,12 +1,15 @@
-"""All benches of a search, as its driver sees them: one for each device of the cluster."""
+"""Where the trials of a search are, as its driver sees them: `AnyHall`, in either mode.
+
+`Hall` is all benches of a packed search, one for each device of the cluster.
+"""
 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import ray
 import ray.exceptions
@@ -18,10 +21,38 @@ from training.config import TrainRecipe
 from tune_spaces.actor import CALLERS, BenchActor
 from tune_spaces.bench import BASE
 from tune_spaces.capacity import Capacity
+from tune_spaces.trial import SeatTrial, Trial
 
 _CALL_TIMEOUT_S = 24 * 3600.0
+_TRIAL_CPUS = 0.01
 TO_THE_END = 1 << 60
 """More supervised tokens than any schedule has."""
+
+
+class AnyHall(Protocol):
+    """What a driver asks; `Hall` and `SoloHall` say what each means."""
+
+    @property
+    def namespace(self) -> str: ...
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def seats(self) -> int: ...
+    @property
+    def trainable(self) -> type[Trial]: ...
+    @property
+    def trial_resources(self) -> Mapping[str, float]: ...
+    @property
+    def reuses_processes(self) -> bool: ...
+    def size(self) -> tuple[int, int]: ...
+    def base_loss(self) -> float | None: ...
+    def scores(
+        self, recipes: Mapping[str, TrainRecipe], metric: str, source: str | None = None
+    ) -> dict[str, dict[str, list[float]]]: ...
+    def clear(self) -> None: ...
+    def occupancy(self) -> list[tuple[float, int]]: ...
+    def peak_rss_bytes(self) -> int: ...
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +64,10 @@ class Hall:
     capacities: tuple[Capacity, ...]
     """Of each bench."""
     actors: tuple[Any, ...]
+    trainable: type[Trial] = SeatTrial
+    trial_resources: Mapping[str, float] = field(default_factory=lambda: {"cpu": _TRIAL_CPUS})
+    """Of the process of a trial, which only asks."""
+    reuses_processes: bool = True
 
     @classmethod
     def open(
