@@ -143,7 +143,8 @@ def adopt(source: Path, target: Path, *, step: int | None = None) -> int:
         raise StorageError(f"{source} has no checkpoint to go on from")
     final = target / "checkpoints"
     fresh = target / f".tmp-adopt-{found.name}"
-    shutil.rmtree(fresh, ignore_errors=True)
+    for left in (fresh, target / ".tmp-adopted"):  # of one that was killed
+        shutil.rmtree(left, ignore_errors=True)
     shutil.copytree(found, fresh / found.name)
     if final.exists():
         shutil.rmtree(final.rename(target / ".tmp-adopted"))

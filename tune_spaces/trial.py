@@ -9,33 +9,40 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import ray
-import ray.exceptions
-from ray.exceptions import RayTaskError
+from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
 from ray.tune import Trainable
 
-from cluster import config
+from cluster import config, storage
 from cluster.errors import ClusterError, LorayError
 from training.config import EvaluationConfig, TrainRecipe
 from tune_spaces import spaces
 from tune_spaces.spaces import Mode
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
+GONE = (RayActorError, ActorUnschedulableError)
+"""What a call raises whose bench died: it may be restarting, or its node is dead (Ray 2.60)."""
 Actor: TypeAlias = Any
 """A Ray handle of a BenchActor, whose methods Ray makes at run time."""
 
 NOTE = "seat.json"
 """In Tune's checkpoint of a trial: where the trial's own are."""
+_BENCH = "bench"
+"""In a trial's directory: the bench that it sat on last."""
 _SEAT_TIMEOUT_S = 600.0
+"""How long a trial waits while no bench answers at all."""
 _SEAT_POLL_S = 0.2
 _CALL_TIMEOUT_S = 24 * 3600.0
 _MAX_REQUEUES = 3
+_JOIN_AGAIN = ("seat_shed", "no_seat")
 _DIVERGED = 1.5
 """Times the bare base's loss."""
 
@@ -171,6 +178,14 @@ class Trial(Trainable):
         }
 
 
+class _Room(NamedTuple):
+    bench: Actor
+    taken: int
+    """Seats that other trials have."""
+    seats: int
+    """In all."""
+
+
 class SeatTrial(Trial):
     """A trial on a bench: `step` trains up to the next report."""
 
@@ -184,31 +199,33 @@ class SeatTrial(Trial):
 
     def step(self) -> dict[str, Any]:
         """Train to the next report, commit, and say where the trial stands."""
-        for _ in range(_MAX_REQUEUES):
-            try:
-                return self._step()
-            except RayTaskError as error:
-                lost = _lost(error)
-                if lost is None:
-                    raise
-                if "out of memory: the newest" not in lost:
-                    return self._ended(lost)
-                log.warning("trial=%s requeued=%r", self._name, lost)
-                self._leave()
-                self._take_seat()
-        return self._ended(f"out of memory {_MAX_REQUEUES} times")
+        try:
+            return self._seated(self._step)
+        except RayTaskError as error:
+            if _code(error) == "seat_shed":
+                return self._ended(f"{error.cause}, {_MAX_REQUEUES + 1} times")
+            if _code(error) == "seat_lost":
+                return self._ended(str(error.cause))
+            raise
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Note where the trial's own checkpoints are."""
-        self._write_note(checkpoint_dir)
+        self._write_note(checkpoint_dir, tokens=self._reported)
 
     def load_checkpoint(self, checkpoint: str | dict[str, Any] | None) -> None:
         """Go on from a note; another trial's (PBT) is copied over this trial's own."""
         note = json.loads((Path(str(checkpoint)) / NOTE).read_text(encoding="utf-8"))
-        if note["trial"] != self._name:
+        if note["trial"] == self._name:  # its seat may be one report ahead, which Tune never got
+            self._reported = note.get("tokens", self._tokens)
+            return
+
+        def adopt() -> None:
             self._leave()
             self._call("adopt", note["run_dir"], str(self._run_dir))
             self._take_seat()
+
+        self._seated(adopt)
+        self._reported = self._tokens
 
     def cleanup(self) -> None:
         """Give the seat back."""
@@ -216,25 +233,89 @@ class SeatTrial(Trial):
 
     def _begin(self, config: Mapping[str, Any]) -> None:
         super()._begin(config)
+        self._reported = 0
         self._take_seat()
 
+    def _seated(self, do: Callable[[], T]) -> T:
+        """Do something, and again from another seat where the bench dies or memory runs out."""
+        for _ in range(_MAX_REQUEUES):
+            try:
+                return do()
+            except GONE as error:
+                log.warning("trial=%s bench=%s died=%r", self._name, self._where, str(error))
+            except RayTaskError as error:
+                if _code(error) not in _JOIN_AGAIN:
+                    raise
+                log.warning("trial=%s requeued=%r", self._name, str(error.cause))
+                self._leave()
+            self._take_seat()
+        return do()
+
     def _take_seat(self) -> None:
-        """Join whichever bench has a free seat; one is free soon, since Tune counts them too."""
-        deadline = time.monotonic() + _SEAT_TIMEOUT_S
-        while time.monotonic() < deadline:
-            for name in self._spec.benches:
-                self._bench = ray.get_actor(name, namespace=self._spec.namespace)
-                recipe = config.plain(self._recipe)
-                seat = self._call("join", self._name, recipe, str(self._run_dir))
-                if seat is not None:
-                    self._tokens, self._attempt = seat
-                    self._where = name
-                    return
+        """Join the bench where this trial sat last, else the one with the fewest seats taken.
+
+        Tune counts seats too, so that one is free soon; where a bench has died for good, its trials
+        wait for those of others to end.
+        """
+        started = heard = time.monotonic()
+        while True:
+            rooms = self._rooms()
+            now = time.monotonic()
+            heard = now if rooms else heard
+            if self._join(rooms):
+                return
+            if now - heard > _SEAT_TIMEOUT_S or now - started > _CALL_TIMEOUT_S:
+                raise ClusterError(
+                    f"trial {self._name} got no seat in {now - started:.0f} s: "
+                    f"{len(rooms)} of {len(self._spec.benches)} benches answer. Look into Ray's "
+                    "logs of the actors named bench0, bench1, ..., then go on by --resume"
+                )
             time.sleep(_SEAT_POLL_S)
-        raise ClusterError(f"trial {self._name} found no free seat in {_SEAT_TIMEOUT_S:.0f} s")
+
+    def _rooms(self) -> dict[str, _Room]:
+        """Of each bench that answers."""
+        rooms: dict[str, _Room] = {}
+        living = 0
+        for name in self._spec.benches:
+            try:
+                bench = ray.get_actor(name, namespace=self._spec.namespace)
+            except ValueError:  # it will not come back (Ray 2.60): its node is dead
+                continue
+            living += 1
+            try:
+                rooms[name] = _Room(bench, *_ask(bench, "room", self._name))
+            except GONE as error:
+                log.info("trial=%s bench=%s does_not_answer=%r", self._name, name, str(error))
+        if not living:
+            raise ClusterError(
+                f"none of the {len(self._spec.benches)} benches is left: their nodes are dead. "
+                "Start nodes, then go on by --resume"
+            )
+        return rooms
+
+    def _join(self, rooms: Mapping[str, _Room]) -> bool:
+        free = {name: room for name, room in rooms.items() if room.taken < room.seats}
+        if not free:
+            return False
+        kept = self._run_dir / _BENCH
+        last = kept.read_text(encoding="utf-8") if kept.exists() else ""
+        name = min(free, key=lambda name: (name != last, free[name].taken, name))
+        bench, taken, _ = free[name]
+        recipe = config.plain(self._recipe)
+        try:
+            seat = _ask(bench, "join", self._name, recipe, str(self._run_dir), taken)
+        except GONE as error:
+            log.warning("trial=%s bench=%s died=%r", self._name, name, str(error))
+            return False
+        if seat is None:  # another trial was faster
+            return False
+        self._bench, (self._tokens, self._attempt) = bench, seat
+        self._where = name
+        storage.write_file(kept, name.encode())
+        return True
 
     def _step(self) -> dict[str, Any]:
-        target = (self._tokens // self._spec.report_every + 1) * self._spec.report_every
+        target = (self._reported // self._spec.report_every + 1) * self._spec.report_every
         progress = self._call("train", self._name, target)
         self._tokens = progress["supervised_tokens"]
         if progress["is_finished"]:
@@ -245,20 +326,23 @@ class SeatTrial(Trial):
         if metric not in ("eval_loss", "train_loss"):
             scores = self._call("scores", [self._name], metric, None)[self._name]["values"]
             progress[metric] = sum(scores) / len(scores)
+        self._reported = self._tokens
         return self._result(progress)
 
     def _leave(self) -> None:
         try:
             self._call("leave", self._name, self._attempt)
-        except ray.exceptions.RayActorError:  # the bench is gone, and the seat with it
+        except GONE:  # the bench is gone, and the seat with it
             log.warning("trial=%s bench=%s is gone", self._name, self._where)
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        return ray.get(getattr(self._bench, method).remote(*arguments), timeout=_CALL_TIMEOUT_S)
+        return _ask(self._bench, method, *arguments)
 
 
-def _lost(error: RayTaskError) -> str | None:
-    """Why a bench took the seat away; None where it is another error."""
-    cause = error.cause
-    is_lost = isinstance(cause, LorayError) and cause.code == "seat_lost"
-    return str(cause) if is_lost else None
+def _ask(bench: Actor, method: str, *arguments: Any) -> Any:
+    return ray.get(getattr(bench, method).remote(*arguments), timeout=_CALL_TIMEOUT_S)
+
+
+def _code(error: RayTaskError) -> str:
+    """Of the error of ours that a bench has raised; empty where it is another's."""
+    return error.cause.code if isinstance(error.cause, LorayError) else ""
