@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,10 +19,12 @@ import ray.exceptions
 from ray.exceptions import RayTaskError
 from ray.tune import Trainable
 
-from cluster import config
+from cluster import config, storage
 from cluster.errors import ClusterError, LorayError
 from training.config import TrainRecipe
-from tune_spaces import spaces
+from training.schedule import warmup_steps
+from tune_spaces import guards, spaces
+from tune_spaces.guards import Guards, Report
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +32,12 @@ Actor: TypeAlias = Any
 """A Ray handle of a BenchActor, whose methods Ray makes at run time."""
 
 _NOTE = "seat.json"
+_REPORTS = "reports.json"
+"""In a trial's directory: what its guards have seen so far."""
 _SEAT_TIMEOUT_S = 600.0
 _SEAT_POLL_S = 0.2
 _CALL_TIMEOUT_S = 24 * 3600.0
 _MAX_REQUEUES = 3
-_DIVERGED = 1.5
-"""Times the bare base's loss."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +61,8 @@ class Spec:
     """Supervised tokens of an example, on average."""
     base_loss: float | None
     """Of the bare base, on the evaluation data."""
+    guards: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of a Guards."""
 
 
 def recipe_of(spec: Spec, trial: str, params: Mapping[str, Any]) -> TrainRecipe:
@@ -115,6 +119,7 @@ class SeatTrial(Trainable):
         if note["trial"] != self._name:
             self._leave()
             self._call("adopt", note["run_dir"], str(self._run_dir))
+            self._keep_reports([])  # they are of weights that are gone
             self._take_seat()
 
     def cleanup(self) -> None:
@@ -140,6 +145,7 @@ class SeatTrial(Trainable):
                 if seat is not None:
                     self._tokens, self._attempt = seat
                     self._where = name
+                    self._reports = self._kept_reports()
                     return
             time.sleep(_SEAT_POLL_S)
         raise ClusterError(f"trial {self._name} found no free seat in {_SEAT_TIMEOUT_S:.0f} s")
@@ -151,19 +157,57 @@ class SeatTrial(Trainable):
         if progress["is_finished"]:
             self._call("export", self._name)
         else:
-            self._call("save", self._name)
-        result = {**progress, **self._about()}
+            best = guards.best(self._reports, guards.mode_of(self._spec.metric))
+            self._call("save", self._name, best.step if best is not None else None)
+        result = {**progress, **self._about(), "reason": "", "done": progress["is_finished"]}
         metric = self._spec.metric
         if metric not in ("eval_loss", "train_loss"):
             scores = self._call("scores", [self._name], metric, None)[self._name]["values"]
             result[metric] = sum(scores) / len(scores)
-        base, loss = self._spec.base_loss, progress["eval_loss"]
-        reason = ""
-        if base is not None and loss is not None and loss > _DIVERGED * base:
-            reason = f"diverged: eval loss {loss:.3f}, the base model's is {base:.3f}"
-        result |= {"reason": reason, "done": progress["is_finished"] or bool(reason)}
-        result["is_finished"] = progress["is_finished"] and not reason
-        return result
+        return result | self._judged(result)
+
+    def _judged(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """What the guards change of a result, which is kept for them first."""
+        metric = self._spec.metric
+        report = Report(
+            step=result["step"],
+            tokens=self._tokens,
+            train_loss=result["train_loss"],
+            eval_loss=result["eval_loss"],
+            value=result[metric],
+        )
+        earlier = [one for one in self._reports if one.tokens < report.tokens]
+        self._keep_reports([*earlier, report])
+        verdict = guards.judge(
+            Guards(**self._spec.guards),
+            self._reports,
+            metric=metric,
+            warmup_steps=warmup_steps(self._recipe.optim, result["num_steps"]),
+            base_loss=self._spec.base_loss,
+        )
+        if verdict is None or (verdict.kept is not None and result["is_finished"]):
+            return {}
+        ended = {"reason": verdict.reason, "done": True, "is_finished": verdict.kept is not None}
+        if verdict.kept is None:
+            return ended
+        self._call("rewind", self._name, verdict.kept.step)
+        return {
+            **ended,
+            metric: verdict.kept.value,
+            "measured": report.value,
+            "kept_step": verdict.kept.step,
+        }
+
+    def _kept_reports(self) -> list[Report]:
+        """Up to the checkpoint that the trial goes on from; what is lost comes again."""
+        path = self._run_dir / _REPORTS
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        return [Report(**row) for row in rows if row["tokens"] <= self._tokens]
+
+    def _keep_reports(self, reports: Sequence[Report]) -> None:
+        self._reports = list(reports)
+        rows = [asdict(report) for report in reports]
+        storage.write_file(self._run_dir / _REPORTS, json.dumps(rows).encode())
 
     def _ended(self, reason: str) -> dict[str, Any]:
         """The last result of a trial that cannot go on."""
