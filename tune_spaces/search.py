@@ -20,7 +20,6 @@ from typing import Any
 import yaml
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig
-from ray.tune.logger import TBXLoggerCallback
 
 from cluster import config, ownership, session, storage
 from cluster.errors import ConfigError, TrainingError
@@ -28,13 +27,20 @@ from training import run, worker
 from training.config import TrainRecipe
 from training.events import EventLog, EventReader
 from tune_spaces import config as search_config
-from tune_spaces import finals, report, results, spaces
+from tune_spaces import decades, finals, loggers, report, results, spaces
 from tune_spaces import record as records
 from tune_spaces.config import Search
 from tune_spaces.hall import Hall
 from tune_spaces.record import SearchRecord
 from tune_spaces.results import Recorder, Trials, Watcher
-from tune_spaces.schedulers import drawn, make_scheduler, make_searcher, mode_of
+from tune_spaces.schedulers import (
+    POPULATION,
+    TOKENS,
+    make_scheduler,
+    make_searcher,
+    mode_of,
+    population,
+)
 from tune_spaces.searcher import OptunaSearcher
 from tune_spaces.spaces import Space
 from tune_spaces.trial import SeatTrial, Spec
@@ -76,6 +82,7 @@ def search(
         raise ConfigError("search.mode: solo is not part of this release; use packed")
     for space in chosen.space.stages or (chosen.space,):
         make_scheduler(chosen.search, space, budget=2, report=1)  # refuses before Ray is started
+    loggers.require(chosen.search)
     storage.make_directory(directory)
     with ownership.RunLock(directory):
         _claim(directory, chosen, resume=resume)
@@ -176,6 +183,7 @@ def _spec(chosen: Search, recipe: TrainRecipe, directory: Path, hall: Hall) -> t
         budget=chosen.search.budget_tokens,
         tokens_per_example=per_example,
         base_loss=hall.base_loss(),
+        guards=asdict(chosen.search.guards),
     )
     storage.write_file(directory / _SPEC, json.dumps(asdict(spec), indent=1).encode())
     return budget, spec
@@ -199,8 +207,8 @@ def _tune(
     trainable = tune.with_resources(SeatTrial, {"cpu": _TRIAL_CPUS})
     where = directory / name
     settings = {"verbose": 0, "storage_path": str(directory), "name": name}
-    callbacks = [recorder, *([TBXLoggerCallback()] if chosen.search.log else [])]
-    with session.environment(_TUNE_ENVIRONMENT):
+    with session.environment(_TUNE_ENVIRONMENT | loggers.environment(chosen.search)):
+        callbacks = [recorder, *loggers.make(chosen.search, chosen.recipe.name, directory)]
         if tune.Tuner.can_restore(str(where)):
             tuner = tune.Tuner.restore(
                 str(where), trainable=trainable, resume_unfinished=True, resume_errored=True
@@ -210,10 +218,14 @@ def _tune(
         else:
             searcher, count = make_searcher(chosen.search, space, directory=directory, fixed=fixed)
             params: dict[str, Any] = {"spec": str(directory / _SPEC)}
-            if chosen.search.scheduler == "pbt":  # Tune lets it have no searcher beside itself
-                rows = drawn(chosen.search, space, fixed=fixed)
-                searcher, count = None, 1
-                params["params"] = tune.grid_search(rows)
+            notes = 2
+            if chosen.search.scheduler in POPULATION:
+                # Trials copy one another's notes, which must be there still; they are small.
+                searcher, count, notes = None, 1, None
+                params |= population(chosen.search, space, fixed=fixed)
+            scheduler = make_scheduler(
+                chosen.search, space, budget=budget, report=spec.report_every
+            )
             minutes = chosen.search.budget_minutes
             tuner = tune.Tuner(
                 trainable,
@@ -222,8 +234,8 @@ def _tune(
                     metric=chosen.search.metric,
                     mode=mode_of(chosen.search.metric),
                     search_alg=searcher,
-                    scheduler=make_scheduler(
-                        chosen.search, space, budget=budget, report=spec.report_every
+                    scheduler=decades.keep_decades(
+                        scheduler, space, chosen.recipe, time_attr=TOKENS, budget=budget
                     ),
                     num_samples=count,
                     max_concurrent_trials=hall.seats,
@@ -234,7 +246,7 @@ def _tune(
                     **settings,
                     callbacks=callbacks,
                     failure_config=FailureConfig(max_failures=_MAX_FAILURES),
-                    checkpoint_config=CheckpointConfig(checkpoint_frequency=1, num_to_keep=2),
+                    checkpoint_config=CheckpointConfig(checkpoint_frequency=1, num_to_keep=notes),
                 ),
             )
         tuner.fit()
