@@ -346,6 +346,27 @@ def test_all_metrics_are_measured_during_the_run_where_asked(
         EvaluationConfig(metrics_during_run=True)
 
 
+def test_a_run_that_stops_early_is_the_beginning_of_the_whole_one(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    optim = {"max_steps": 8, "schedule": "cosine", "warmup": 2}
+    whole = make_recipe(tmp_path, tiny_base, name="whole", optim=optim)
+    short = make_recipe(tmp_path, tiny_base, name="short", optim={**optim, "stop_after": 4})
+    train(whole)
+    end = train(short)
+    assert (end.fields["steps"], end.fields["num_steps"]) == (4, 8)
+    steps = [events_of(recipe, "step") for recipe in (whole, short)]
+    told = [[(e.fields["loss"], e.fields["lr"]) for e in events] for events in steps]
+    assert told[1] == told[0][:4]
+    kept = checkpoint.rewind(run_dir_of(whole), step=6)
+    assert checkpoint.find_latest_valid(run_dir_of(whole)) == kept
+    with pytest.raises(StorageError, match="step-000008"):
+        checkpoint.rewind(run_dir_of(whole), step=8)
+    assert kept.exists()
+    again = train(make_recipe(tmp_path, tiny_base, name="whole", optim=optim))
+    assert again.fields["steps"] == 8
+
+
 def test_an_old_attempt_cannot_commit(tmp_path: Path, tiny_base: Path) -> None:
     recipe = make_recipe(tmp_path, tiny_base, checkpoint={"every_steps": 100})
     run_dir = run_dir_of(recipe)

@@ -310,7 +310,14 @@ def test_a_model_is_scored_as_a_bench_scores_it(tmp_path: Path, tiny_base: Path)
     train(recipe)
     run_dir_of(recipe).joinpath("attempt").unlink()
     actor = BenchActor(
-        config.plain(recipe), str(tmp_path), seats=1, threads=1, fill_window_s=0, name="x"
+        config.plain(recipe),
+        str(tmp_path),
+        largest=config.plain(recipe),
+        seats=1,
+        most=1,
+        threads=1,
+        fill_window_s=0,
+        name="x",
     )
     adapters = {"base": None, "run": str(run_dir_of(recipe) / "adapter")}
     try:

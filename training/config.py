@@ -104,6 +104,8 @@ class OptimConfig:
     """Passes over the training examples; ignored where max_steps is given."""
     max_steps: int | None = None
     """Optimiser steps in all."""
+    stop_after: int | None = None
+    """Steps after which training ends, though the schedule goes on; null trains to its end."""
     global_batch_size: int = 16
     """Examples per optimiser step, over all workers."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
@@ -127,6 +129,13 @@ class OptimConfig:
         if self.max_steps is not None:
             _require(
                 1 <= self.max_steps <= 10**9, "optim.max_steps", self.max_steps, "null, or 1 to 1e9"
+            )
+        if self.stop_after is not None:
+            _require(
+                1 <= self.stop_after <= 10**9,
+                "optim.stop_after",
+                self.stop_after,
+                "null, or 1 to 1e9",
             )
         _require(
             1 <= self.global_batch_size <= 1 << 20,

@@ -85,9 +85,13 @@ class BenchActor:
         """See Desk.train; the fields of a Progress."""
         return asdict(self._desk.train(trial, supervised_tokens))
 
-    def save(self, trial: str) -> str:
-        """Commit a checkpoint; its directory."""
-        return str(self._desk.order(lambda bench: bench.save(trial)))
+    def save(self, trial: str, best_step: int | None = None) -> str:
+        """See Bench.save."""
+        return str(self._desk.order(lambda bench: bench.save(trial, best_step=best_step)))
+
+    def rewind(self, trial: str, step: int) -> str:
+        """See Bench.rewind."""
+        return str(self._desk.order(lambda bench: bench.rewind(trial, step)))
 
     def export(self, trial: str) -> str:
         """Commit the adapter to use; its directory."""

@@ -258,10 +258,11 @@ class Bench:
         """Which of a trial's seats, over all benches and times, it has now."""
         return self._places[trial].attempt
 
-    def save(self, trial: str) -> Path:
+    def save(self, trial: str, *, best_step: int | None = None) -> Path:
         """Commit a checkpoint of the trial's last whole step; the directory.
 
-        Raises StorageError on a full disk, or where a newer seat of the trial exists.
+        The one of `best_step` is kept beside the newest. Raises StorageError on a full disk, or
+        where a newer seat of the trial exists.
         """
         place = self._places[trial]
         path = checkpoint.save(
@@ -274,8 +275,18 @@ class Bench:
             info={**self._info(place), _TOLD: None if place.loss_tokens else place.train_loss},
             adapter=place.seat.adapter,
         )
-        checkpoint.prune(place.run_dir, keep=place.seat.recipe.checkpoint.keep, best_step=None)
+        keep = place.seat.recipe.checkpoint.keep
+        checkpoint.prune(place.run_dir, keep=keep, best_step=best_step)
         return path
+
+    def rewind(self, trial: str, step: int) -> Path:
+        """Take a trial back to a checkpoint of its own, and export that; the adapter's directory.
+
+        Raises StorageError where it is missing or damaged.
+        """
+        place = self._places[trial]
+        place.seat.resume_from(checkpoint.rewind(place.run_dir, step=step))
+        return self.export(trial)
 
     def export(self, trial: str) -> Path:
         """Commit `<run>/adapter`, the adapter to use, as the trial stands now."""

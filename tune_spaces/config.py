@@ -22,6 +22,7 @@ from cluster import config
 from cluster.errors import ConfigError
 from training.config import TrainRecipe
 from tune_spaces import spaces
+from tune_spaces.guards import Guards
 from tune_spaces.spaces import (
     AT_RANK_16,
     LEARNING_RATE,
@@ -91,7 +92,9 @@ class SearchConfig:
     """Seconds that the first trials wait for others, so that they do not travel alone."""
     test: str | None = None
     """Held-out examples that no decision uses, for the winner's figure."""
-    log: tuple[Literal["tensorboard"], ...] = ()
+    guards: Guards = field(default_factory=Guards)
+    """What ends a trial early on its own account."""
+    log: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
     """Who else hears of the trials."""
 
     def __post_init__(self) -> None:

@@ -38,7 +38,8 @@ class Outcome:
 
 
 def finished(results: Results, mode: Literal["min", "max"]) -> list[str]:
-    """Trials that reached their whole budget with a finite metric, best first."""
+    """Candidates, best first: trials that reached their whole budget with a finite metric, or of
+    which a guard has kept the best report."""
     sign = 1.0 if mode == "min" else -1.0
     done = [
         name
@@ -65,7 +66,7 @@ def decide(
     names = finished(results, mode)[: chosen.search.finalists]
     if not names:
         return None
-    recipes = {name: trial_room.recipe_of(spec, name, params[name]) for name in names}
+    recipes = {name: _recipe(spec, name, params[name], results[name]) for name in names}
     metric = chosen.search.metric
     if metric == "train_loss":
         return _best_of(names[0], results, recipes[names[0]])
@@ -106,6 +107,15 @@ def decide(
         recipe=recipes[winner],
         estimates=own,
     )
+
+
+def _recipe(
+    spec: Spec, name: str, params: Mapping[str, Any], result: Mapping[str, Any]
+) -> TrainRecipe:
+    """A candidate's own, up to the step that counts for it."""
+    recipe = trial_room.recipe_of(spec, name, params)
+    step = result.get("kept_step")
+    return replace(recipe, optim=replace(recipe.optim, stop_after=step)) if step else recipe
 
 
 def _finalist(

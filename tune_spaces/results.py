@@ -26,6 +26,7 @@ Watcher = Callable[[Event], None]
 _KEPT = (
     TOKENS, "train_loss", "eval_loss", "train_s", "rank", "learning_rate", "bench",
     "learning_rate_at_rank_16", "is_finished", "reason", "step", "num_steps", "real_tokens",
+    "kept_step", "measured",
 )  # fmt: skip
 """What is remembered of a result, beside its metric."""
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "optuna")
@@ -60,7 +61,8 @@ class Trials:
         tokens = int(event.number(TOKENS))
         # What was run again after a crash replaces what was lost with it.
         kept = [point for point in self.history.get(trial, []) if point[0] < tokens]
-        loss, value = (_finite(fields[name]) for name in ("train_loss", "value"))
+        loss = _finite(fields["train_loss"])
+        value = _finite(fields.get("measured", fields["value"]))
         self.history[trial] = [*kept, (tokens, loss, value, event.number("at_s"))]
 
 

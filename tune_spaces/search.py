@@ -20,7 +20,6 @@ from typing import Any
 import yaml
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig
-from ray.tune.logger import TBXLoggerCallback
 
 from cluster import config, ownership, session, storage
 from cluster.errors import ConfigError, TrainingError
@@ -28,13 +27,20 @@ from training import run, worker
 from training.config import TrainRecipe
 from training.events import EventLog, EventReader
 from tune_spaces import config as search_config
-from tune_spaces import finals, report, results, spaces
+from tune_spaces import decades, finals, loggers, report, results, spaces
 from tune_spaces import record as records
 from tune_spaces.config import Search
 from tune_spaces.hall import AnyHall, Hall
 from tune_spaces.record import SearchRecord
 from tune_spaces.results import Recorder, Trials, Watcher
-from tune_spaces.schedulers import drawn, make_scheduler, make_searcher, mode_of
+from tune_spaces.schedulers import (
+    POPULATION,
+    TOKENS,
+    make_scheduler,
+    make_searcher,
+    mode_of,
+    population,
+)
 from tune_spaces.searcher import OptunaSearcher
 from tune_spaces.solo_hall import SoloHall
 from tune_spaces.spaces import Space
@@ -74,6 +80,7 @@ def search(
     recipe = worker.with_absolute_paths(replace(chosen.recipe, storage=str(root)))
     for space in chosen.space.stages or (chosen.space,):
         make_scheduler(chosen.search, space, budget=2, report=1)  # refuses before Ray is started
+    loggers.require(chosen.search)
     storage.make_directory(directory)
     with ownership.RunLock(directory):
         _claim(directory, chosen, resume=resume)
@@ -189,6 +196,7 @@ def _spec(chosen: Search, recipe: TrainRecipe, directory: Path, hall: AnyHall) -
         base_loss=hall.base_loss(),
         mode=chosen.search.mode,
         seats=hall.seats,
+        guards=asdict(chosen.search.guards),
     )
     storage.write_file(directory / _SPEC, json.dumps(asdict(spec), indent=1).encode())
     return budget, spec
@@ -212,8 +220,8 @@ def _tune(
     trainable = tune.with_resources(hall.trainable, dict(hall.trial_resources))
     where = directory / name
     settings = {"verbose": 0, "storage_path": str(directory), "name": name}
-    callbacks = [recorder, *([TBXLoggerCallback()] if chosen.search.log else [])]
-    with session.environment(_TUNE_ENVIRONMENT):
+    with session.environment(_TUNE_ENVIRONMENT | loggers.environment(chosen.search)):
+        callbacks = [recorder, *loggers.make(chosen.search, chosen.recipe.name, directory)]
         if tune.Tuner.can_restore(str(where)):
             tuner = tune.Tuner.restore(
                 str(where), trainable=trainable, resume_unfinished=True, resume_errored=True
@@ -223,10 +231,12 @@ def _tune(
         else:
             searcher, count = make_searcher(chosen.search, space, directory=directory, fixed=fixed)
             params: dict[str, Any] = {"spec": str(directory / _SPEC)}
-            if chosen.search.scheduler == "pbt":  # Tune lets it have no searcher beside itself
-                rows = drawn(chosen.search, space, fixed=fixed)
+            if chosen.search.scheduler in POPULATION:
                 searcher, count = None, 1
-                params["params"] = tune.grid_search(rows)
+                params |= population(chosen.search, space, fixed=fixed)
+            scheduler = make_scheduler(
+                chosen.search, space, budget=budget, report=spec.report_every
+            )
             minutes = chosen.search.budget_minutes
             tuner = tune.Tuner(
                 trainable,
@@ -235,8 +245,8 @@ def _tune(
                     metric=chosen.search.metric,
                     mode=mode_of(chosen.search.metric),
                     search_alg=searcher,
-                    scheduler=make_scheduler(
-                        chosen.search, space, budget=budget, report=spec.report_every
+                    scheduler=decades.keep_decades(
+                        scheduler, space, chosen.recipe, time_attr=TOKENS, budget=budget
                     ),
                     num_samples=count,
                     max_concurrent_trials=hall.seats,

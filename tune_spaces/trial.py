@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -21,7 +21,9 @@ from ray.tune import Trainable
 from cluster import config, storage
 from cluster.errors import ClusterError, LorayError
 from training.config import EvaluationConfig, TrainRecipe
-from tune_spaces import spaces
+from training.schedule import warmup_steps
+from tune_spaces import guards, spaces
+from tune_spaces.guards import Guards, Report
 from tune_spaces.spaces import Mode
 
 T = TypeVar("T")
@@ -35,6 +37,8 @@ Actor: TypeAlias = Any
 
 NOTE = "seat.json"
 """In Tune's checkpoint of a trial: where the trial's own are."""
+_REPORTS = "reports.json"
+"""In a trial's directory: what its guards have seen so far."""
 _BENCH = "bench"
 """In a trial's directory: the bench that it sat on last."""
 _SEAT_TIMEOUT_S = 600.0
@@ -43,8 +47,6 @@ _SEAT_POLL_S = 0.2
 _CALL_TIMEOUT_S = 24 * 3600.0
 _MAX_REQUEUES = 3
 _JOIN_AGAIN = ("seat_shed", "no_seat")
-_DIVERGED = 1.5
-"""Times the bare base's loss."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +74,8 @@ class Spec:
     """Of the search."""
     seats: int = 1
     """Trials at once."""
+    guards: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of a Guards."""
 
 
 def recipe_of(spec: Spec, trial: str, params: Mapping[str, Any]) -> TrainRecipe:
@@ -132,22 +136,67 @@ class Trial(Trainable):
         self._recipe = recipe_of(self._spec, self._name, self._params)
         self._run_dir = Path(self._spec.directory) / self._name
         self._run_dir.mkdir(parents=True, exist_ok=True)
+        self._history: list[Report] = []
 
     def _write_note(self, directory: str, **also: int) -> None:
         note = {"trial": self._name, "run_dir": str(self._run_dir), **also}
         (Path(directory) / NOTE).write_text(json.dumps(note), encoding="utf-8")
 
     def _result(self, progress: Mapping[str, Any]) -> dict[str, Any]:
-        """A report as Tune gets it; a trial that is far worse than the bare base ends here."""
-        result = {**progress, **self._about()}
-        loss = progress["eval_loss"]
-        base = None if _has_own_data(self._params) else self._spec.base_loss
-        reason = ""
-        if base is not None and loss is not None and loss > _DIVERGED * base:
-            reason = f"diverged: eval loss {loss:.3f}, the base model's is {base:.3f}"
-        result |= {"reason": reason, "done": progress["is_finished"] or bool(reason)}
-        result["is_finished"] = progress["is_finished"] and not reason
-        return result
+        """A report as Tune gets it, which the guards have judged."""
+        about = {**self._about(), "reason": "", "done": progress["is_finished"]}
+        result = {**progress, **about}
+        return result | self._judged(result)
+
+    def _judged(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """What the guards change of a result, which is kept for them first."""
+        metric = self._spec.metric
+        report = Report(
+            step=result["step"],
+            tokens=self._tokens,
+            train_loss=result["train_loss"],
+            eval_loss=result["eval_loss"],
+            value=result[metric],
+        )
+        earlier = [one for one in self._history if one.tokens < report.tokens]
+        self._keep([*earlier, report])
+        verdict = guards.judge(
+            self._guards(),
+            self._history,
+            metric=metric,
+            warmup_steps=warmup_steps(self._recipe.optim, result["num_steps"]),
+            base_loss=None if _has_own_data(self._params) else self._spec.base_loss,
+        )
+        if verdict is None or (verdict.kept is not None and result["is_finished"]):
+            return {}
+        ended = {"reason": verdict.reason, "done": True, "is_finished": verdict.kept is not None}
+        if verdict.kept is None:
+            return ended
+        self._rewind(verdict.kept.step)
+        return {
+            **ended,
+            metric: verdict.kept.value,
+            "measured": report.value,
+            "kept_step": verdict.kept.step,
+        }
+
+    def _guards(self) -> Guards:
+        return Guards(**self._spec.guards)
+
+    def _rewind(self, step: int) -> None:
+        """Make what the trial was at an earlier report its last word."""
+        raise NotImplementedError
+
+    def _kept(self) -> list[Report]:
+        """Up to the checkpoint that the trial goes on from; what is lost comes again."""
+        path = self._run_dir / _REPORTS
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        return [Report(**row) for row in rows if row["tokens"] <= self._tokens]
+
+    def _keep(self, reports: Sequence[Report]) -> None:
+        self._history = list(reports)
+        rows = [asdict(report) for report in reports]
+        storage.write_file(self._run_dir / _REPORTS, json.dumps(rows).encode())
 
     def _ended(self, reason: str) -> dict[str, Any]:
         """The last result of a trial that cannot go on."""
@@ -222,6 +271,7 @@ class SeatTrial(Trial):
         def adopt() -> None:
             self._leave()
             self._call("adopt", note["run_dir"], str(self._run_dir))
+            self._keep([])  # they are of weights that are gone
             self._take_seat()
 
         self._seated(adopt)
@@ -311,6 +361,7 @@ class SeatTrial(Trial):
             return False
         self._bench, (self._tokens, self._attempt) = bench, seat
         self._where = name
+        self._history = self._kept()
         storage.write_file(kept, name.encode())
         return True
 
@@ -321,13 +372,17 @@ class SeatTrial(Trial):
         if progress["is_finished"]:
             self._call("export", self._name)
         else:
-            self._call("save", self._name)
+            best = guards.best(self._history, guards.mode_of(self._spec.metric))
+            self._call("save", self._name, best.step if best is not None else None)
         metric = self._spec.metric
         if metric not in ("eval_loss", "train_loss"):
             scores = self._call("scores", [self._name], metric, None)[self._name]["values"]
             progress[metric] = sum(scores) / len(scores)
         self._reported = self._tokens
         return self._result(progress)
+
+    def _rewind(self, step: int) -> None:
+        self._call("rewind", self._name, step)
 
     def _leave(self) -> None:
         try:
