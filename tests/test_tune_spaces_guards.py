@@ -197,6 +197,7 @@ def seat_trial(
     storage.write_file(file, json.dumps(config.plain(spec)).encode())
     yield lambda: SeatTrial({"spec": str(file), "params": {}})
     actor._desk.close()
+    actor._log.close()
 
 
 def test_an_overfitted_trial_ends_with_the_adapter_of_its_best_report(
@@ -207,7 +208,9 @@ def test_an_overfitted_trial_ends_with_the_adapter_of_its_best_report(
     run_dir = tmp_path / "trials" / process._name
     while not results[-1]["done"]:
         if len(results) == 2:  # it dies, and with it what it had not committed
+            process.save_checkpoint(str(tmp_path))
             process = seat_trial()
+            process.load_checkpoint(str(tmp_path))
         results.append(process.step())
         assert len(results) < 30, [result["eval_loss"] for result in results]
     last = results[-1]
@@ -235,14 +238,16 @@ def test_what_a_trial_is_given_of_another_begins_a_new_history(
     process = seat_trial()
     process.step()
     process.step()
-    assert len(process._reports) == 2
+    assert len(process._history) == 2
     note = tmp_path / "note"
     note.mkdir()
     source = tmp_path / "trials" / "other"
     shutil.copytree(process._run_dir / "checkpoints", source / "checkpoints")
-    (note / "seat.json").write_text(json.dumps({"trial": "other", "run_dir": str(source)}))
+    (note / "seat.json").write_text(
+        json.dumps({"trial": "other", "run_dir": str(source), "tokens": 1})
+    )
     process.load_checkpoint(str(note))
-    assert process._reports == []
+    assert process._history == []
     assert process.step()["reason"] == ""
     assert len(json.loads((process._run_dir / "reports.json").read_text())) == 1
 
@@ -255,4 +260,4 @@ def test_a_trial_that_lost_its_last_reports_sees_them_again(
     process.step()
     shutil.rmtree(max((process._run_dir / "checkpoints").iterdir()))
     again = seat_trial()
-    assert [report.step for report in again._reports] == [first["step"]]
+    assert [report.step for report in again._history] == [first["step"]]

@@ -331,3 +331,4 @@ def test_a_model_is_scored_as_a_bench_scores_it(tmp_path: Path, tiny_base: Path)
             assert metric == "rouge_l" or solo["run"] != solo["base"]
     finally:
         actor._desk.close()
+        actor._log.close()
