@@ -7,11 +7,13 @@ search is a process that holds one: what needs torch is imported only where a me
 import functools
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cluster import config
+from cluster.errors import LorayError
 from training.config import TrainRecipe
 from training.events import EventLog
 
@@ -88,6 +90,12 @@ class BenchActor:
     def save(self, trial: str, best_step: int | None = None) -> str:
         """See Bench.save."""
         return str(self._desk.order(lambda bench: bench.save(trial, best_step=best_step)))
+
+    def save_all(self) -> None:
+        """Commit a checkpoint of the last whole step of every trial that has a seat."""
+        for trial in self._desk.trials:
+            with suppress(LorayError):  # it has just left, or has nothing whole
+                self.save(trial)
 
     def rewind(self, trial: str, step: int) -> str:
         """See Bench.rewind."""

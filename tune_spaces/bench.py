@@ -112,10 +112,13 @@ class Bench:
     clock: Callable[[], float] = time.perf_counter
     trunk: Trunk = field(init=False)
     data: dataset.Dataset = field(init=False)
+    load_s: float = field(init=False)
+    """Seconds that base and data took to load."""
     _places: _Places = field(init=False, default_factory=_Places)
     _names: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
+        started = self.clock()
         base = model.load_base(self.recipe.model, device=self.device)
         peft_model, router = model.attach_lora(base, LoraConfig(rank=1), seed=0, adapter=BASE)
         vocab_size = base.model.config.get_text_config().vocab_size
@@ -129,6 +132,7 @@ class Bench:
         plan = self._plan(base, chosen, pad_id)
         memory.set_checkpointing(chosen, is_on=plan.gradient_checkpointing)
         self.trunk = Trunk(base=base, objective=chosen, router=router, memory=plan)
+        self.load_s = self.clock() - started
 
     @property
     def trials(self) -> tuple[str, ...]:

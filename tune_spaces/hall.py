@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -37,6 +37,7 @@ _DEATHS = (
     f"benches died {_MAX_DEATHS} times while {{what}}; look for what killed them (memory?) in "
     "Ray's logs of the actors named bench0, bench1, ..., then go on by --resume"
 )
+_SAVE_TIMEOUT_S = 60.0
 _CALL_TIMEOUT_S = 24 * 3600.0
 _TRIAL_CPUS = 0.01
 TO_THE_END = 1 << 60
@@ -52,6 +53,8 @@ class AnyHall(Protocol):
     def names(self) -> tuple[str, ...]: ...
     @property
     def seats(self) -> int: ...
+    @property
+    def capacities(self) -> tuple[Capacity, ...]: ...
     @property
     def trainable(self) -> type[Trial]: ...
     @property
@@ -243,7 +246,10 @@ class Hall:
         return int(sum(peaks))
 
     def close(self) -> None:
-        """End the bench processes."""
+        """End the bench processes; trials that still sit there (Ctrl-C) are saved first."""
+        with suppress(ray.exceptions.RayError):
+            futures = [actor.save_all.remote() for actor in self.actors]
+            ray.get(futures, timeout=_SAVE_TIMEOUT_S)
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
 

@@ -125,12 +125,13 @@ def record_of(
     trials: Trials,
     outcome: finals.Outcome | None,
     filled: Sequence[tuple[float, int]],
+    tuned_s: float | None,
     started: float,
 ) -> SearchRecord:
     """Everything that a search has found, as search.json and trials.jsonl hold it.
 
-    budget: supervised tokens of a whole trial. filled: seats taken over time. started: on
-    time.perf_counter.
+    budget: supervised tokens of a whole trial. filled: seats taken over time. tuned_s: seconds of
+    the trials, None where an earlier driver ran some of them. started: on time.perf_counter.
     """
     own = outcome.estimates if outcome is not None else {}
     rungs = range(spec.report_every, budget + 1, spec.report_every)
@@ -153,10 +154,29 @@ def record_of(
         winner=outcome.winner if outcome is not None else None,
         rungs=tuple(rungs),
         finalists=outcome.finalists if outcome is not None else (),
-        cost=None,
+        cost=_cost(hall, trials, tuned_s),
         versions={"loray": __version__, **{name: version(name) for name in _LIBRARIES}},
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         trials=tuple(_trial(name, trials, own.get(name)) for name in trials.last),
+    )
+
+
+def _cost(hall: AnyHall, trials: Trials, tuned_s: float | None) -> records.Cost | None:
+    """Against the same trials one after another, by what the benches' probe has measured."""
+    alone = [each.speeds["1"] for each in hall.capacities if each.speeds]
+    if tuned_s is None or not alone:
+        return None
+    load_s = max(each.load_s for each in hall.capacities)
+    tokens = sum(result.get("real_tokens", 0) for result in trials.last.values())
+    return records.Cost(
+        measured_s=round(load_s + tuned_s, 1),
+        one_process_per_trial_s=round(len(trials.last) * load_s + tokens / sum(alone), 1),
+        how=(
+            f"Both by this search's own clock, without finals: its probe saw {alone[0]:.0f} real "
+            f"tokens/s with one seat on a bench, and loading base and data took {load_s:.1f} s, "
+            "which a process for each trial would do each time; evaluation and process starts are "
+            "counted against this search only."
+        ),
     )
 
 

@@ -123,6 +123,8 @@ def _search(
             watch(event)
 
     best: dict[str, Any] = {}
+    is_new = not trials.last
+    tuning = time.perf_counter()
     with closing(EventLog(directory / "events.jsonl")) as events:
         events.write("started", metric=metric, trials=chosen.search.trials, budget=budget)
         recorder = Recorder(events, read, metric=metric, scheduler=chosen.search.scheduler)
@@ -130,10 +132,13 @@ def _search(
             _tune(chosen, space, number, directory, hall, spec, budget, best, recorder)
             leaders = finals.finished(trials.last, mode)
             best = dict(trials.params[leaders[0]]) if leaders else best
+    tuned_s = time.perf_counter() - tuning if is_new else None
     hall.clear()
     filled = hall.occupancy()
     outcome = finals.decide(chosen, spec, hall, trials.last, trials.params, mode=mode, say=say)
-    record = results.record_of(chosen, hall, spec, budget, base, trials, outcome, filled, started)
+    record = results.record_of(
+        chosen, hall, spec, budget, base, trials, outcome, filled, tuned_s, started
+    )
     records.write(directory, record)
     say(report.answer(record))
     if outcome is not None:

@@ -22,6 +22,7 @@ from training.config import ScaleConfig, TrainRecipe
 from training.events import Event, EventReader
 from tune_spaces import solo, spaces
 from tune_spaces.bench import BASE
+from tune_spaces.capacity import Capacity
 from tune_spaces.solo import LEFT, SEATED, Run, SoloTrial
 from tune_spaces.spaces import Space
 from tune_spaces.trial import Trial
@@ -49,6 +50,7 @@ class SoloHall:
     nodes: list[solo.Node]
     namespace: str = ""
     names: tuple[str, ...] = ()
+    capacities: tuple[Capacity, ...] = ()
     trainable: type[Trial] = SoloTrial
     trial_resources: Mapping[str, float] = field(
         default_factory=lambda: {"cpu": 0, "memory": _MEMORY_BYTES}
