@@ -1,6 +1,7 @@
 """The demo: a 135M model learns to turn a customer's message into a strict JSON ticket.
 
-Trains an 8-bit LoRA adapter through Ray Train, evaluates the untouched base and the adapter on
+Trains an 8-bit LoRA adapter through Ray Train at a rate chosen by hand, searches rank and learning
+rate through Ray Tune on one shared 8-bit base, evaluates the untouched base and the winner on
 held-out rows by generation, merges, proves the merge, and prints what it found and where it lies.
 A second run takes up what the first one left.
 """
@@ -25,8 +26,12 @@ from training import evaluate, examples, merge, run, view
 from training.__main__ import Overrides
 from training.config import TrainRecipe
 from training.evaluate import Estimate, Evaluation
+from tune_spaces import config as search_config
+from tune_spaces import search
+from tune_spaces import view as search_view
 
 RECIPE = Path("training/recipes/tickets.yaml")
+SEARCH = Path("tune_spaces/searches/tickets.yaml")
 METRICS = ("json_valid", "exact_match", "rouge_l")
 MAX_NEW_TOKENS = 64
 console = Console()
@@ -35,10 +40,15 @@ console = Console()
 def demo(overrides: list[str]) -> None:
     """The whole way, from the recipe to the table."""
     started = time.perf_counter()
-    recipe = config.load(TrainRecipe, RECIPE, overrides)
+    own = [word for word in overrides if word.startswith(("search.", "space"))]
+    shared = [word for word in overrides if word not in own]
+    recipe = config.load(TrainRecipe, RECIPE, shared)
+    chosen = search_config.load(SEARCH, [*shared, *own])
     with view.watching(console) as watch:
         result = run.train(recipe, say=say, watch=watch)
-    adapter = Path(result["adapter"])
+    with search_view.watching(console) as watch:
+        found = search.search(chosen, say=say, watch=watch, resume=is_begun(chosen))
+    adapter = Path(found["search_dir"]) / "best"
     before, after = measure(adapter, recipe)
     merged = adapter.parent / "merged"
     if not merged.exists():
@@ -50,8 +60,11 @@ def demo(overrides: list[str]) -> None:
         f"training   {result['steps']} steps, {result['real_tokens']} tokens, "
         f"{result['real_tokens_per_s']:.0f} real tokens/s, "
         f"peak memory {result['peak_rss_bytes'] / 1e9:.1f} GB",
-        f"recipe     {RECIPE}",
+        f"search     {found['trials']} trials, {found['stopped']} stopped early, "
+        f"{found['wall_s']:.0f} s; the winner: {words(found['best_config'])}",
+        f"recipes    {RECIPE}, {SEARCH}",
         f"adapter    {adapter}",
+        f"report     {adapter.parent / 'report.html'}",
         f"merged     {merged}",
         f"parity     logits up to {parity['max_logit']:.0f}; merged against live adapter: "
         f"{parity['max_logit_diff_fp16_base']:.3f} on the fp16 base, "
@@ -64,6 +77,20 @@ def demo(overrides: list[str]) -> None:
         highlight=False,
         soft_wrap=True,
         markup=False,
+    )
+
+
+def is_begun(chosen: search_config.Search) -> bool:
+    """Whether an earlier demo has left something of the search."""
+    return (Path(chosen.recipe.storage) / chosen.recipe.name / "tune-0").exists()
+
+
+def words(params: Mapping[str, object]) -> str:
+    """`rank 16, learning rate at rank 16 0.00151`."""
+    named = {path.partition(".")[2].replace("_", " "): value for path, value in params.items()}
+    return ", ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in named.items()
     )
 
 

@@ -37,7 +37,7 @@ def wordings(row: dict[str, Any]) -> set[str]:
 
 def test_shipped_files_are_byte_for_byte_the_generators(tmp_path: Path) -> None:
     main([str(tmp_path)])
-    for name in ("tickets_train.jsonl", "tickets_test.jsonl"):
+    for name in ("tickets_train.jsonl", "tickets_test.jsonl", "tickets_validation.jsonl"):
         assert (tmp_path / name).read_bytes() == (SHIPPED / name).read_bytes()
 
 
@@ -87,7 +87,13 @@ def test_issues_are_balanced() -> None:
 
 def test_shipped_files_are_read_as_training_data() -> None:
     found = examples.read(str(SHIPPED / "tickets_*.jsonl"))
-    assert len(found.examples) == len(shipped("train")) + len(shipped("test"))
+    assert len(found.examples) == sum(map(len, map(shipped, ("train", "test", "validation"))))
+
+
+def test_validation_rows_are_none_of_the_training_rows() -> None:
+    messages = [{row["message"] for row in shipped(name)} for name in ("train", "validation")]
+    assert len(messages[1]) == 16
+    assert not messages[0] & messages[1]
 
 
 def test_directory_has_to_be_named() -> None:

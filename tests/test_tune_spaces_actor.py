@@ -14,7 +14,7 @@ from cluster.errors import LorayError
 from training import generation
 from training.config import TrainRecipe
 from tune_spaces.actor import BenchActor, Desk
-from tune_spaces.bench import Bench
+from tune_spaces.bench import Bench, NoSeat
 
 ALL_TOKENS = 10**9
 
@@ -39,11 +39,18 @@ def recipe(tmp_path: Path, tiny_base: Path) -> TrainRecipe:
 
 
 @pytest.fixture
-def desk(tmp_path: Path, recipe: TrainRecipe) -> Iterator[Desk]:
+def taken() -> list[int]:
+    """Seats taken at the desk, each time that changed."""
+    return []
+
+
+@pytest.fixture
+def desk(tmp_path: Path, recipe: TrainRecipe, taken: list[int]) -> Iterator[Desk]:
     made = Desk(
         lambda: Bench(recipe=recipe, directory=tmp_path, device=torch.device("cpu")),
         seats=2,
         fill_window_s=0,
+        told=taken.append,
     )
     yield made
     made.close()
@@ -51,7 +58,7 @@ def desk(tmp_path: Path, recipe: TrainRecipe) -> Iterator[Desk]:
 
 
 def test_callers_train_at_the_same_time_and_each_gets_its_own_answer(
-    tmp_path: Path, tiny_base: Path, desk: Desk
+    tmp_path: Path, tiny_base: Path, desk: Desk, taken: list[int]
 ) -> None:
     recipes = [trial(tmp_path, tiny_base, name, seed) for seed, name in enumerate("ab")]
     for one in recipes:
@@ -60,7 +67,7 @@ def test_callers_train_at_the_same_time_and_each_gets_its_own_answer(
         found = list(pool.map(lambda one: desk.train(one.name, ALL_TOKENS), recipes))
     assert [progress.trial for progress in found] == ["a", "b"]
     assert all(progress.is_finished and progress.step == 8 for progress in found)
-    assert [taken for _, taken in desk.occupancy()] == [1, 2]
+    assert taken == [1, 2]
 
 
 def test_a_full_bench_says_so_and_a_seat_given_back_can_be_taken(
@@ -86,7 +93,7 @@ def test_a_dead_process_cannot_take_its_successor_s_seat_away(
 
 
 def test_errors_of_an_order_come_back_to_who_gave_it(desk: Desk, recipe: TrainRecipe) -> None:
-    with pytest.raises(KeyError):
+    with pytest.raises(NoSeat, match="nobody has no seat"):
         desk.train("nobody", 10)
     assert desk.join(recipe.name, recipe, run_dir_of(recipe)) == (0, 1)
     assert desk.train(recipe.name, 1).step == 1
@@ -174,6 +181,7 @@ def test_answers_of_all_trials_are_mixed_and_each_is_as_alone(
         assert len({tuple(texts) for texts in separate}) == 3
     finally:
         actor._desk.close()
+        actor._log.close()
 
 
 def answers(bench: Bench, names: Sequence[str]) -> list[str]:

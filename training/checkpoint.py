@@ -10,6 +10,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,21 +127,29 @@ def restore(path: Path, model: PeftModel, optimizer: Optimizer, *, adapter: str 
     return State(**body["state"])
 
 
-def adopt(source: Path, target: Path) -> None:
+def adopt(source: Path, target: Path, *, step: int | None = None) -> int:
     """Give run `target` the newest valid checkpoint of run `source` in place of its own.
 
+    step: the checkpoint to take instead, while there is one. Returns the step that was taken.
     Raises StorageError where `source` has none.
     """
-    found = find_latest_valid(source)
+    found = None
+    if step is not None:
+        with suppress(StorageError):
+            storage.verify(directory(source, step))
+            found = directory(source, step)
+    found = found or find_latest_valid(source)
     if found is None:
         raise StorageError(f"{source} has no checkpoint to go on from")
     final = target / "checkpoints"
     fresh = target / f".tmp-adopt-{found.name}"
-    shutil.rmtree(fresh, ignore_errors=True)
+    for left in (fresh, target / ".tmp-adopted"):  # of one that was killed
+        shutil.rmtree(left, ignore_errors=True)
     shutil.copytree(found, fresh / found.name)
     if final.exists():
         shutil.rmtree(final.rename(target / ".tmp-adopted"))
     fresh.rename(final)
+    return int(found.name.removeprefix("step-"))
 
 
 def prune(run_dir: Path, *, keep: int, best_step: int | None) -> None:

@@ -232,7 +232,9 @@ class EvaluationConfig:
     every_steps: int | None = None
     """Optimiser steps between evaluations; null evaluates once, at the end."""
     metrics: tuple[Literal["loss", "exact_match", "json_valid", "rouge_l"], ...] = ("loss",)
-    """What is measured at the end; during the run it is the loss."""
+    """What is measured at the end; during the run it is the loss, unless metrics_during_run."""
+    metrics_during_run: bool = False
+    """Measure all metrics at every evaluation; answers take time to generate."""
     best: Literal["loss", "last"] = "loss"
     """Which checkpoint becomes the adapter: the lowest eval loss, or the last step."""
     early_stopping: int | None = None
@@ -247,6 +249,8 @@ class EvaluationConfig:
                 _require(1 <= value <= 10**9, f"evaluation.{name}", value, "null, or 1 or more")
         if self.early_stopping and not self.every_steps:
             raise ConfigError("evaluation.early_stopping needs evaluation.every_steps")
+        if self.metrics_during_run and not self.every_steps:
+            raise ConfigError("evaluation.metrics_during_run needs evaluation.every_steps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,7 @@ A message is put together from independent parts: who writes, what is wrong with
 the number of the order, in one of several arrangements. Training and held-out messages draw from
 two banks that share no name, no product and no wording, so that memorising does not help.
 
-`python -m training.tickets DIR` writes tickets_train.jsonl and tickets_test.jsonl, byte for byte
+`python -m training.tickets DIR` writes tickets_{train,test,validation}.jsonl, byte for byte
 the files under training/recipes/. All text is original; names of people and products are made up.
 """
 
@@ -20,6 +20,8 @@ from cluster.errors import ConfigError
 SEED = 20
 TRAIN_ROWS = 480
 TEST_ROWS = 50
+VALIDATION_ROWS = 16
+"""For the decisions of a search, which may not see the test rows."""
 SYSTEM = (
     "Reply in JSON: name, product, issue (broken, cancel, delivery, login, payment), order number."
 )
@@ -553,11 +555,12 @@ HELD_OUT = Bank(
 
 
 def write(directory: Path) -> None:
-    """Write both files into `directory`, which is created where it does not exist."""
+    """Write all files into `directory`, which is created where it does not exist."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, bank, count, seed in (
         ("train", TRAIN, TRAIN_ROWS, SEED),
         ("test", HELD_OUT, TEST_ROWS, SEED + 1),
+        ("validation", TRAIN, VALIDATION_ROWS, SEED + 2),
     ):
         lines = [json.dumps(row) + "\n" for row in rows(bank, count, seed=seed)]
         (directory / f"tickets_{name}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -21,9 +21,10 @@ from cluster import config
 from cluster.errors import LorayError
 from training import checkpoint, evaluate, examples, generation, worker
 from training.config import TrainRecipe
+from training.events import EventLog
 from training.examples import Example
 from tune_spaces import capacity
-from tune_spaces.bench import Bench, Progress
+from tune_spaces.bench import Bench, Progress, SeatShed
 from tune_spaces.capacity import Capacity
 
 T = TypeVar("T")
@@ -48,19 +49,23 @@ class Desk:
         seats: int,
         fill_window_s: float,
         clock: Callable[[], float] = time.time,
+        told: Callable[[int], None] = lambda taken: None,
     ) -> None:
+        """told: called with the number of seats taken whenever one was taken or given back."""
         self._make_bench = make_bench
         self.seats = seats
         """Trials that may have a seat at the same time."""
+        self.trials: tuple[str, ...] = ()
+        """Those that have one."""
         self._fill_window_s = fill_window_s
         self._clock = clock
+        self._told = told
         self._orders: deque[tuple[Callable[[Bench], Any], Future[Any]]] = deque()
         self._waiting: dict[str, Future[Progress]] = {}
         self._changed = threading.Condition()
         self._is_closed = False
         self._error: BaseException | None = None
         self._first_join_s: float | None = None
-        self._filled: list[tuple[float, int]] = []
         self._thread = threading.Thread(target=self._run, name="bench", daemon=True)
         self._thread.start()
 
@@ -74,14 +79,17 @@ class Desk:
             self._changed.notify()
         return future.result()
 
-    def join(self, trial: str, recipe: TrainRecipe, run_dir: Path) -> tuple[int, int] | None:
+    def join(
+        self, trial: str, recipe: TrainRecipe, run_dir: Path, *, taken: int | None = None
+    ) -> tuple[int, int] | None:
         """Seat a trial: the supervised tokens that it has seen, and which of its seats this is.
 
-        None where no seat is free.
+        None where no seat is free, or others have more seats than `taken` meanwhile.
         """
 
         def do(bench: Bench) -> tuple[int, int] | None:
-            if trial not in bench.trials and len(bench.trials) >= self.seats:
+            others = sum(other != trial for other in bench.trials)
+            if others >= self.seats or (taken is not None and others > taken):
                 return None
             tokens = bench.join(trial, recipe, run_dir)
             self._note(bench)
@@ -110,10 +118,6 @@ class Desk:
         self.order(do)
         return future.result()
 
-    def occupancy(self) -> list[tuple[float, int]]:
-        """(seconds on the desk's clock, seats taken from then on), a step function."""
-        return list(self._filled)
-
     def close(self) -> None:
         """Stop after the current turn; whoever waits is told."""
         with self._changed:
@@ -122,10 +126,10 @@ class Desk:
         self._thread.join(60)
 
     def _note(self, bench: Bench) -> None:
-        now = self._clock()
         if self._first_join_s is None:
-            self._first_join_s = now
-        self._filled.append((now, len(bench.trials)))
+            self._first_join_s = self._clock()
+        self.trials = bench.trials
+        self._told(len(self.trials))
 
     def _run(self) -> None:
         try:
@@ -166,7 +170,9 @@ class Desk:
             elif bench.is_ready(trial):
                 try:
                     future.set_result(bench.collect(trial))
-                except LorayError as error:
+                except Exception as error:  # its own, its neighbours go on
+                    if isinstance(error, SeatShed):  # so many do not fit
+                        self.seats = max(1, len(bench.trials) - 1)
                     future.set_exception(error)
             else:
                 continue
@@ -205,7 +211,9 @@ class BenchActor:
             torch.set_num_threads(threads)  # of the desk's thread, which does all the work
             return Bench(recipe=self._recipe, directory=Path(directory), device=device)
 
-        self._desk = Desk(make_bench, seats=0, fill_window_s=fill_window_s)
+        self._log = EventLog(occupancy_file(Path(directory), name))
+        self._tell(0)  # a restarted bench has lost its seats
+        self._desk = Desk(make_bench, seats=0, fill_window_s=fill_window_s, told=self._tell)
         self._capacity: Capacity | None = None
         self._find = functools.partial(
             capacity.find,
@@ -222,12 +230,18 @@ class BenchActor:
             self._desk.seats, self._capacity = found.seats, found
         return asdict(self._capacity)
 
-    def join(self, trial: str, recipe: Mapping[str, Any], run_dir: str) -> tuple[int, int] | None:
+    def room(self, trial: str) -> tuple[int, int]:
+        """Seats that other trials have, and seats in all."""
+        self.ready()
+        return sum(other != trial for other in self._desk.trials), self._desk.seats
+
+    def join(
+        self, trial: str, recipe: Mapping[str, Any], run_dir: str, taken: int | None = None
+    ) -> tuple[int, int] | None:
         """See Desk.join."""
         self.ready()
-        return self._desk.join(
-            trial, config.build(TrainRecipe, recipe, where=f"trial {trial}"), Path(run_dir)
-        )
+        own = config.build(TrainRecipe, recipe, where=f"trial {trial}")
+        return self._desk.join(trial, own, Path(run_dir), taken=taken)
 
     def train(self, trial: str, supervised_tokens: int) -> dict[str, Any]:
         """See Desk.train; the fields of a Progress."""
@@ -258,17 +272,9 @@ class BenchActor:
         for trial in self._desk.order(lambda bench: bench.trials):
             self._desk.leave(trial)
 
-    def occupancy(self) -> list[tuple[float, int]]:
-        """See Desk.occupancy."""
-        return self._desk.occupancy()
-
     def base_loss(self) -> float | None:
         """Mean loss of a supervised token of the evaluation data under the bare base."""
         return self._desk.order(lambda bench: bench.eval_loss())
-
-    def peak_rss_bytes(self) -> int:
-        """Largest resident memory of this process so far."""
-        return worker.peak_rss_bytes()
 
     def size(self) -> tuple[int, int]:
         """Examples of the training data, and their supervised tokens."""
@@ -287,6 +293,17 @@ class BenchActor:
         `training.evaluate` gives for one answer.
         """
         return self._desk.order(lambda bench: _scores(bench, trials, metric, source))
+
+    def _tell(self, taken: int) -> None:
+        try:
+            self._log.write("seats", taken=taken, peak_rss_bytes=worker.peak_rss_bytes())
+        except OSError as error:  # a figure of the report is not worth a trial
+            log.warning("bench=%s occupancy_not_written=%r", self._name, str(error))
+
+
+def occupancy_file(directory: Path, bench: str) -> Path:
+    """Events `seats` (taken from then on, peak_rss_bytes so far), which outlive the bench."""
+    return directory / f"occupancy-{bench}.jsonl"
 
 
 def _scores(

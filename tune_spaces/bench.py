@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from cluster import ownership
+from cluster import ownership, storage
 from cluster.errors import ConfigError, TrainingError
 from training import checkpoint, dataset, memory, model, objective, seat, special_ids, worker
 from training.config import LoraConfig, TrainRecipe
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 BASE = "base"
 """The adapter that every bench hangs up first: rank 1, never trained; the base answers under it."""
+_TOLD = "train_loss"
+"""In the manifest of a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +61,18 @@ class SeatLost(TrainingError):
     code = "seat_lost"
 
 
+class SeatShed(SeatLost):
+    """A seat was taken away to make room: joining again helps once a neighbour has left."""
+
+    code = "seat_shed"
+
+
+class NoSeat(TrainingError):
+    """A trial that has no seat here, maybe since the bench was restarted: joining again helps."""
+
+    code = "no_seat"
+
+
 @dataclass(kw_only=True, slots=True)
 class _Place:
     seat: Seat
@@ -69,6 +83,8 @@ class _Place:
     rate: float = 0.0
     loss_sum: float = 0.0
     loss_tokens: int = 0
+    train_loss: float | None = None
+    """As the last report told it."""
     error: SeatLost | None = None
 
     @property
@@ -77,6 +93,11 @@ class _Place:
         return (
             self.error is None and not self.seat.is_done and state.supervised_tokens < self.target
         )
+
+
+class _Places(dict[str, _Place]):
+    def __missing__(self, trial: str) -> _Place:
+        raise NoSeat(f"trial {trial} has no seat on this bench, which has {len(self)}; join again")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -91,7 +112,7 @@ class Bench:
     clock: Callable[[], float] = time.perf_counter
     trunk: Trunk = field(init=False)
     data: dataset.Dataset = field(init=False)
-    _places: dict[str, _Place] = field(init=False, default_factory=dict)
+    _places: _Places = field(init=False, default_factory=_Places)
     _names: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -147,10 +168,12 @@ class Bench:
             parameters=model.adapter_parameters(self.trunk.model, adapter),
             trunk=self.trunk,
         )
+        place = _Place(seat=taken, run_dir=run_dir, attempt=attempt)
         found = checkpoint.find_latest_valid(run_dir)
         if found is not None:
             taken.resume_from(found)
-        self._places[trial] = _Place(seat=taken, run_dir=run_dir, attempt=attempt)
+            place.train_loss = _told(found)
+        self._places[trial] = place
         return taken.state.supervised_tokens
 
     def leave(self, trial: str) -> None:
@@ -201,7 +224,8 @@ class Bench:
         if place.error is not None:
             raise place.error
         state = place.seat.state
-        mean = place.loss_sum / place.loss_tokens if place.loss_tokens else math.nan
+        if place.loss_tokens:
+            place.train_loss = place.loss_sum / place.loss_tokens
         place.loss_sum, place.loss_tokens = 0.0, 0
         return Progress(
             trial=trial,
@@ -209,7 +233,7 @@ class Bench:
             num_steps=place.seat.batches.num_steps,
             real_tokens=state.real_tokens,
             supervised_tokens=state.supervised_tokens,
-            train_loss=mean,
+            train_loss=math.nan if place.train_loss is None else place.train_loss,
             eval_loss=self.eval_loss(place.seat.adapter),
             learning_rate=place.rate,
             train_s=state.train_s,
@@ -247,7 +271,8 @@ class Bench:
             place.seat.optimizer,
             place.seat.state,
             attempt=place.attempt,
-            info=self._info(place),
+            # Whoever joins here has the same report to tell, if nobody has heard it yet.
+            info={**self._info(place), _TOLD: None if place.loss_tokens else place.train_loss},
             adapter=place.seat.adapter,
         )
         keep = place.seat.recipe.checkpoint.keep
@@ -261,6 +286,7 @@ class Bench:
         """
         place = self._places[trial]
         place.seat.resume_from(checkpoint.rewind(place.run_dir, step=step))
+        place.target = 0  # it has been where it was asked to go
         return self.export(trial)
 
     def export(self, trial: str) -> Path:
@@ -337,13 +363,18 @@ class Bench:
                 "data.max_length, or set memory.gradient_checkpointing: on"
             )
             return
-        newest.error = SeatLost("out of memory: the newest seat was taken away")
+        newest.error = SeatShed("out of memory: the newest seat was taken away")
         for place in {id(p): p for p in (*places, newest)}.values():
             place.seat.pending.clear()
             place.seat.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         log.warning("seat_lost=%s reason=out_of_memory", newest.run_dir.name)
+
+
+def _told(path: Path) -> float | None:
+    told = storage.read_manifest(path).info.get(_TOLD)
+    return told if isinstance(told, float) else None
 
 
 def _require_shareable(recipe: TrainRecipe, shared: TrainRecipe) -> None:

@@ -17,7 +17,7 @@ from training.evaluate import Estimate
 from tune_spaces import trial as trial_room
 from tune_spaces.bench import BASE
 from tune_spaces.config import Search
-from tune_spaces.hall import Hall
+from tune_spaces.hall import AnyHall
 from tune_spaces.record import Finalist, SeedValue, Winner
 from tune_spaces.trial import Spec
 
@@ -52,7 +52,7 @@ def finished(results: Results, mode: Literal["min", "max"]) -> list[str]:
 def decide(
     chosen: Search,
     spec: Spec,
-    hall: Hall,
+    hall: AnyHall,
     results: Results,
     params: Mapping[str, Mapping[str, Any]],
     *,
@@ -177,7 +177,7 @@ def _best_of(name: str, results: Results, recipe: TrainRecipe) -> Outcome:
     )
 
 
-def _test(chosen: Search, hall: Hall, recipe: TrainRecipe) -> Estimate | None:
+def _test(chosen: Search, hall: AnyHall, recipe: TrainRecipe) -> Estimate | None:
     """The winner on examples that no decision used."""
     if chosen.search.test is None:
         return None
@@ -186,7 +186,7 @@ def _test(chosen: Search, hall: Hall, recipe: TrainRecipe) -> Estimate | None:
     return _estimate(chosen.search.metric, scores[recipe.name])
 
 
-def base_estimate(hall: Hall, metric: str, recipe: TrainRecipe) -> Estimate:
+def base_estimate(hall: AnyHall, metric: str, recipe: TrainRecipe) -> Estimate:
     """The metric of the untouched base model."""
     return _estimate(metric, hall.scores({BASE: recipe}, metric)[BASE])
 

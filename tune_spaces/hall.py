@@ -1,12 +1,18 @@
-"""All benches of a search, as its driver sees them: one for each device of the cluster."""
+"""Where the trials of a search are, as its driver sees them: `AnyHall`, in either mode.
+
+`Hall` is all benches of a packed search, one for each device of the cluster.
+"""
 
 import itertools
+import logging
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import ray
 import ray.exceptions
@@ -15,13 +21,52 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster import config
 from cluster.errors import ClusterError
 from training.config import TrainRecipe
-from tune_spaces.actor import CALLERS, BenchActor
-from tune_spaces.bench import BASE
+from training.events import EventReader
+from tune_spaces.actor import CALLERS, BenchActor, occupancy_file
+from tune_spaces.bench import BASE, NoSeat
 from tune_spaces.capacity import Capacity
+from tune_spaces.trial import GONE, SeatTrial, Trial
 
+log = logging.getLogger(__name__)
+
+_RESTART_TIMEOUT_S = 900.0
+_RESTART_POLL_S = 0.5
+_MAX_DEATHS = 3
+"""Of benches, while the driver waits for one answer."""
+_DEATHS = (
+    f"benches died {_MAX_DEATHS} times while {{what}}; look for what killed them (memory?) in "
+    "Ray's logs of the actors named bench0, bench1, ..., then go on by --resume"
+)
 _CALL_TIMEOUT_S = 24 * 3600.0
+_TRIAL_CPUS = 0.01
 TO_THE_END = 1 << 60
 """More supervised tokens than any schedule has."""
+
+
+class AnyHall(Protocol):
+    """What a driver asks; `Hall` and `SoloHall` say what each means."""
+
+    @property
+    def namespace(self) -> str: ...
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def seats(self) -> int: ...
+    @property
+    def trainable(self) -> type[Trial]: ...
+    @property
+    def trial_resources(self) -> Mapping[str, float]: ...
+    @property
+    def reuses_processes(self) -> bool: ...
+    def size(self) -> tuple[int, int]: ...
+    def base_loss(self) -> float | None: ...
+    def scores(
+        self, recipes: Mapping[str, TrainRecipe], metric: str, source: str | None = None
+    ) -> dict[str, dict[str, list[float]]]: ...
+    def clear(self) -> None: ...
+    def occupancy(self) -> list[tuple[float, int]]: ...
+    def peak_rss_bytes(self) -> int: ...
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +78,12 @@ class Hall:
     capacities: tuple[Capacity, ...]
     """Of each bench."""
     actors: tuple[Any, ...]
+    directory: Path
+    """Where benches keep their occupancy."""
+    trainable: type[Trial] = SeatTrial
+    trial_resources: Mapping[str, float] = field(default_factory=lambda: {"cpu": _TRIAL_CPUS})
+    """Of the process of a trial, which only asks."""
+    reuses_processes: bool = True
 
     @classmethod
     def open(
@@ -56,6 +107,8 @@ class Hall:
         places = _places()
         actors: list[Any] = []
         names = tuple(f"bench{number}" for number in range(len(places)))
+        for name in names:  # of the driver that this one goes on for
+            occupancy_file(directory, name).unlink(missing_ok=True)
         for name, place in zip(names, places, strict=True):
             remote: Any = ray.remote(BenchActor)
             actor = remote.options(
@@ -86,11 +139,17 @@ class Hall:
             ) from None
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        except GONE as error:
+            raise ClusterError(
+                f"a bench died while it loaded the base, maybe for want of memory ({error}); see "
+                "Ray's logs of the actors named bench0, bench1, ..."
+            ) from None
         return cls(
             namespace=namespace,
             names=names,
             capacities=tuple(Capacity(**each) for each in found),
             actors=tuple(actors),
+            directory=directory,
         )
 
     @property
@@ -98,56 +157,75 @@ class Hall:
         """Of all benches together."""
         return sum(each.seats for each in self.capacities)
 
-    def call(self, bench: int, method: str, *arguments: Any) -> Any:
-        """What a method of a bench returns or raises."""
-        future = getattr(self.actors[bench], method).remote(*arguments)
-        try:
-            return ray.get(future, timeout=_CALL_TIMEOUT_S)
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+    def call(self, method: str, *arguments: Any) -> Any:
+        """What a method of the first living bench returns or raises; asked again where it dies.
+
+        Raises ClusterError where no bench is left, or they die of it every time.
+        """
+        for _ in range(_MAX_DEATHS):
+            bench = self._living()[0]
+            with _surviving(self.names[bench], method):
+                return self._ask(bench, method, *arguments)
+        raise ClusterError(_DEATHS.format(what=f"answering {method}"))
 
     def size(self) -> tuple[int, int]:
         """Training examples, and their supervised tokens."""
-        num_examples, num_supervised = self.call(0, "size")
+        num_examples, num_supervised = self.call("size")
         return num_examples, num_supervised
 
     def base_loss(self) -> float | None:
         """Of the bare base, on the evaluation data; None without any."""
-        return self.call(0, "base_loss")
+        return self.call("base_loss")
 
     def scores(
         self, recipes: Mapping[str, TrainRecipe], metric: str, source: str | None = None
     ) -> dict[str, dict[str, list[float]]]:
         """Train each recipe to its end (or only load it) and score it, example by example.
 
-        Recipes that fit on the first bench's seats share one pass; see `BenchActor.scores`.
+        They are dealt to all benches, and what a bench that dies leaves is dealt again; see
+        `BenchActor.scores`. Raises ClusterError where no bench is left, or benches die every time.
         """
-        names = [name for name in recipes if name != BASE]
         found: dict[str, dict[str, list[float]]] = {}
-        per_bench = self.capacities[0].seats
-        waves = [names[i : i + per_bench] for i in range(0, len(names), per_bench)] or [[]]
-        for wave in waves:
-            with ThreadPoolExecutor(max_workers=max(1, len(wave))) as pool:
-                list(pool.map(lambda name: self._finish(name, recipes[name]), wave))
-            asked = [BASE, *wave] if BASE in recipes and BASE not in found else wave
-            found |= self.call(0, "scores", asked, metric, source)
-            for name in wave:
-                self.call(0, "leave", name)
-        return found
+        for _ in range(_MAX_DEATHS):
+            left = [name for name in recipes if name not in found]
+            left.sort(key=lambda name: name == BASE or _is_trained(recipes[name]))
+            benches = self._living()
+            shares = [left[number :: len(benches)] for number in range(len(benches))]
+
+            def score(number: int, benches: Any = benches, shares: Any = shares) -> Any:
+                share = {name: recipes[name] for name in shares[number]}
+                return self._score(benches[number], share, metric, source)
+
+            with ThreadPoolExecutor(max_workers=len(benches)) as pool:
+                for part in pool.map(score, range(len(benches))):
+                    found |= part
+            if len(found) == len(recipes):
+                return found
+        raise ClusterError(_DEATHS.format(what="scoring adapters"))
 
     def clear(self) -> None:
         """Free all seats, once Tune is done with them."""
-        for bench in range(len(self.actors)):
-            self.call(bench, "clear")
+        for bench in self._living():
+            with _surviving(self.names[bench], "clear"):  # else they are free anyway
+                self._ask(bench, "clear")
 
     def occupancy(self) -> list[tuple[float, int]]:
-        """(seconds since the first seat was taken, seats taken from then on), all benches."""
+        """(seconds since the first seat was taken, seats taken from then on), all benches.
+
+        The seats of a bench that died count until it restarts, or, where it never does, until they
+        last changed.
+        """
         changes: list[tuple[float, int]] = []
-        for bench in range(len(self.actors)):
-            before = 0
-            for when, taken in self.call(bench, "occupancy"):
-                changes.append((when, taken - before))
+        living = self._living()
+        for bench, name in enumerate(self.names):
+            before, when = 0, 0.0
+            for event in EventReader(occupancy_file(self.directory, name)).read():
+                when, taken = event.time_s, int(event.number("taken"))
+                if taken != before:
+                    changes.append((when, taken - before))
                 before = taken
+            if before and bench not in living:
+                changes.append((when, -before))
         changes.sort()
         steps: list[tuple[float, int]] = []
         taken = 0
@@ -157,21 +235,92 @@ class Hall:
         return steps
 
     def peak_rss_bytes(self) -> int:
-        """Largest resident memory of the benches, added up."""
-        return sum(self.call(bench, "peak_rss_bytes") for bench in range(len(self.actors)))
+        """Largest resident memory of the benches, as of when seats last changed, added up."""
+        peaks = [
+            max((event.number("peak_rss_bytes") for event in EventReader(path).read()), default=0)
+            for path in (occupancy_file(self.directory, name) for name in self.names)
+        ]
+        return int(sum(peaks))
 
     def close(self) -> None:
         """End the bench processes."""
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
 
-    def _finish(self, name: str, recipe: TrainRecipe) -> None:
+    def _ask(self, bench: int, method: str, *arguments: Any) -> Any:
+        future = getattr(self.actors[bench], method).remote(*arguments)
+        try:
+            return ray.get(future, timeout=_CALL_TIMEOUT_S)
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+
+    def _living(self) -> list[int]:
+        """Benches that answer, after a wait for those that restart; ClusterError where none does.
+
+        A bench is gone where its node is dead: it is bound to it.
+        """
+        deadline = time.monotonic() + _RESTART_TIMEOUT_S
+        living: list[int] = []
+        for bench, actor in enumerate(self.actors):
+            while time.monotonic() < deadline:
+                try:
+                    ray.get(actor.ready.remote(), timeout=max(1.0, deadline - time.monotonic()))
+                except ray.exceptions.ActorUnschedulableError:
+                    break
+                except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+                    time.sleep(_RESTART_POLL_S)
+                except ray.exceptions.RayTaskError as error:
+                    log.warning("bench=%s broken=%r", self.names[bench], str(error.cause))
+                    break
+                else:
+                    living.append(bench)
+                    break
+        if not living:
+            raise ClusterError(
+                f"none of the {len(self.actors)} benches answers. Look at the nodes (`ray status`) "
+                "and Ray's logs of the actors named bench0, bench1, ..., then go on by --resume"
+            )
+        return living
+
+    def _score(
+        self, bench: int, recipes: Mapping[str, TrainRecipe], metric: str, source: str | None
+    ) -> dict[str, dict[str, list[float]]]:
+        """What one bench finds, up to where it dies."""
+        found: dict[str, dict[str, list[float]]] = {}
+        with _surviving(self.names[bench], "scores"):
+            self._ask(bench, "clear")
+            per_wave = self._ask(bench, "room", BASE)[1]
+            names = [name for name in recipes if name != BASE]
+            waves = [names[i : i + per_wave] for i in range(0, len(names), per_wave)] or [[]]
+            for wave in waves:
+                with ThreadPoolExecutor(max_workers=max(1, len(wave))) as pool:
+                    list(pool.map(lambda name: self._finish(bench, name, recipes[name]), wave))
+                asked = [BASE, *wave] if BASE in recipes and BASE not in found else wave
+                found |= self._ask(bench, "scores", asked, metric, source)
+                for name in wave:
+                    self._ask(bench, "leave", name)
+        return found
+
+    def _finish(self, bench: int, name: str, recipe: TrainRecipe) -> None:
         run_dir = Path(recipe.storage) / recipe.name
         run_dir.mkdir(parents=True, exist_ok=True)
-        seat = self.call(0, "join", name, config.plain(recipe), str(run_dir))
+        seat = self._ask(bench, "join", name, config.plain(recipe), str(run_dir))
         assert seat is not None, "more in a wave than there are seats"
-        self.call(0, "train", name, TO_THE_END)
-        self.call(0, "export", name)
+        self._ask(bench, "train", name, TO_THE_END)
+        self._ask(bench, "export", name)
+
+
+@contextmanager
+def _surviving(bench: str, method: str) -> Iterator[None]:
+    """Go on after the block where the bench dies in it, or has lost its seats by a restart."""
+    try:
+        yield
+    except (*GONE, NoSeat) as error:
+        log.warning("bench=%s died=%r method=%s", bench, str(error), method)
+
+
+def _is_trained(recipe: TrainRecipe) -> bool:
+    return (Path(recipe.storage) / recipe.name / "adapter").exists()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

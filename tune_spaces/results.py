@@ -16,7 +16,7 @@ from training.events import Event, EventLog
 from tune_spaces import finals
 from tune_spaces import record as records
 from tune_spaces.config import Search
-from tune_spaces.hall import Hall, mean_filled
+from tune_spaces.hall import AnyHall, mean_filled
 from tune_spaces.record import SearchRecord
 from tune_spaces.schedulers import TOKENS, mode_of
 from tune_spaces.trial import Spec
@@ -118,7 +118,7 @@ class Recorder(Callback):
 
 def record_of(
     chosen: Search,
-    hall: Hall,
+    hall: AnyHall,
     spec: Spec,
     budget: int,
     base: Estimate | None,

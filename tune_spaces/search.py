@@ -30,7 +30,7 @@ from tune_spaces import config as search_config
 from tune_spaces import decades, finals, loggers, report, results, spaces
 from tune_spaces import record as records
 from tune_spaces.config import Search
-from tune_spaces.hall import Hall
+from tune_spaces.hall import AnyHall, Hall
 from tune_spaces.record import SearchRecord
 from tune_spaces.results import Recorder, Trials, Watcher
 from tune_spaces.schedulers import (
@@ -42,13 +42,13 @@ from tune_spaces.schedulers import (
     population,
 )
 from tune_spaces.searcher import OptunaSearcher
+from tune_spaces.solo_hall import SoloHall
 from tune_spaces.spaces import Space
-from tune_spaces.trial import SeatTrial, Spec
+from tune_spaces.trial import Spec
 
 _SPEC = "spec.json"
 _REPORTS = 8
 """Reports of a trial, unless search.report_every_tokens says otherwise."""
-_TRIAL_CPUS = 0.01
 _READY_TIMEOUT_S = 900.0
 _MAX_FAILURES = 3
 _CHANGEABLE = ("storage", "search.budget_minutes", "checkpoint.", "log.")
@@ -78,8 +78,6 @@ def search(
     root = session.storage_root(chosen.recipe.storage)
     directory = root / chosen.recipe.name
     recipe = worker.with_absolute_paths(replace(chosen.recipe, storage=str(root)))
-    if chosen.search.mode == "solo":
-        raise ConfigError("search.mode: solo is not part of this release; use packed")
     for space in chosen.space.stages or (chosen.space,):
         make_scheduler(chosen.search, space, budget=2, report=1)  # refuses before Ray is started
     loggers.require(chosen.search)
@@ -92,17 +90,7 @@ def search(
         with session.connect(address) as ray_session:
             say(f"search directory {directory}")
             say(f"{ray_session}; loading the base")
-            hall = Hall.open(
-                recipe,
-                directory,
-                largest=spaces.largest(chosen.space, recipe),
-                seats=chosen.search.seats,
-                most=chosen.search.trials,
-                fill_window_s=chosen.search.fill_window_s,
-                timeout_s=_READY_TIMEOUT_S,
-            )
-            for name, each in zip(hall.names, hall.capacities, strict=True):
-                say(f"{name}: {each}")
+            hall = _open(chosen, recipe, directory, say)
             try:
                 return _search(chosen, recipe, directory, hall, say, watch, started)
             finally:
@@ -113,7 +101,7 @@ def _search(
     chosen: Search,
     recipe: TrainRecipe,
     directory: Path,
-    hall: Hall,
+    hall: AnyHall,
     say: Callable[[str], None],
     watch: Watcher,
     started: float,
@@ -160,7 +148,30 @@ def _search(
     return _result(directory, record, outcome, hall, started)
 
 
-def _spec(chosen: Search, recipe: TrainRecipe, directory: Path, hall: Hall) -> tuple[int, Spec]:
+def _open(
+    chosen: Search, recipe: TrainRecipe, directory: Path, say: Callable[[str], None]
+) -> AnyHall:
+    search = chosen.search
+    if search.mode == "solo":
+        wanted = None if search.seats == "auto" else search.seats
+        return SoloHall.open(
+            recipe, directory, space=chosen.space, wanted=wanted, trials=search.trials
+        )
+    hall = Hall.open(
+        recipe,
+        directory,
+        largest=spaces.largest(chosen.space, recipe),
+        seats=search.seats,
+        most=search.trials,
+        fill_window_s=search.fill_window_s,
+        timeout_s=_READY_TIMEOUT_S,
+    )
+    for name, capacity in zip(hall.names, hall.capacities, strict=True):
+        say(f"{name}: {capacity}")
+    return hall
+
+
+def _spec(chosen: Search, recipe: TrainRecipe, directory: Path, hall: AnyHall) -> tuple[int, Spec]:
     """The supervised tokens of a trial, and what trials share, which they read from a file."""
     num_examples, num_supervised = hall.size()
     per_example = num_supervised / num_examples
@@ -183,6 +194,8 @@ def _spec(chosen: Search, recipe: TrainRecipe, directory: Path, hall: Hall) -> t
         budget=chosen.search.budget_tokens,
         tokens_per_example=per_example,
         base_loss=hall.base_loss(),
+        mode=chosen.search.mode,
+        seats=hall.seats,
         guards=asdict(chosen.search.guards),
     )
     storage.write_file(directory / _SPEC, json.dumps(asdict(spec), indent=1).encode())
@@ -194,7 +207,7 @@ def _tune(
     space: Space,
     stage: int,
     directory: Path,
-    hall: Hall,
+    hall: AnyHall,
     spec: Spec,
     budget: int,
     fixed: dict[str, Any],
@@ -204,7 +217,7 @@ def _tune(
     # Tune (2.60) misses the files of its own loggers, which a search does without.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     name = f"tune-{stage}"
-    trainable = tune.with_resources(SeatTrial, {"cpu": _TRIAL_CPUS})
+    trainable = tune.with_resources(hall.trainable, dict(hall.trial_resources))
     where = directory / name
     settings = {"verbose": 0, "storage_path": str(directory), "name": name}
     with session.environment(_TUNE_ENVIRONMENT | loggers.environment(chosen.search)):
@@ -218,10 +231,8 @@ def _tune(
         else:
             searcher, count = make_searcher(chosen.search, space, directory=directory, fixed=fixed)
             params: dict[str, Any] = {"spec": str(directory / _SPEC)}
-            notes = 2
             if chosen.search.scheduler in POPULATION:
-                # Trials copy one another's notes, which must be there still; they are small.
-                searcher, count, notes = None, 1, None
+                searcher, count = None, 1
                 params |= population(chosen.search, space, fixed=fixed)
             scheduler = make_scheduler(
                 chosen.search, space, budget=budget, report=spec.report_every
@@ -235,18 +246,24 @@ def _tune(
                     mode=mode_of(chosen.search.metric),
                     search_alg=searcher,
                     scheduler=decades.keep_decades(
-                        scheduler, space, chosen.recipe, time_attr=TOKENS, budget=budget
+                        scheduler,
+                        space,
+                        chosen.recipe,
+                        mode=chosen.search.mode,
+                        time_attr=TOKENS,
+                        budget=budget,
                     ),
                     num_samples=count,
                     max_concurrent_trials=hall.seats,
-                    reuse_actors=True,
+                    reuse_actors=hall.reuses_processes,
                     time_budget_s=minutes * 60 if minutes else None,
                 ),
                 run_config=RunConfig(
                     **settings,
                     callbacks=callbacks,
                     failure_config=FailureConfig(max_failures=_MAX_FAILURES),
-                    checkpoint_config=CheckpointConfig(checkpoint_frequency=1, num_to_keep=notes),
+                    # All are kept: they are notes, and one may still be wanted by another trial.
+                    checkpoint_config=CheckpointConfig(checkpoint_frequency=1),
                 ),
             )
         tuner.fit()
@@ -299,7 +316,7 @@ def _result(
     directory: Path,
     record: SearchRecord,
     outcome: finals.Outcome,
-    hall: Hall,
+    hall: AnyHall,
     started: float,
 ) -> dict[str, Any]:
     counts = Counter(trial.state for trial in record.trials)
