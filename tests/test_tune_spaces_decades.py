@@ -45,7 +45,7 @@ class Population:
         space = space or spaces.rank_lr()
         made = make_scheduler(search, space, budget=BUDGET, report=100)
         self.scheduler: Any = keep_decades(
-            made, space, spaces.BARE, time_attr=TOKENS, budget=BUDGET
+            made, space, spaces.BARE, mode="packed", time_attr=TOKENS, budget=BUDGET
         )
         self.scheduler.set_search_properties("eval_loss", "min")
         for trial in self.trials.values():
@@ -124,7 +124,10 @@ def test_schedulers_that_keep_their_own_books_are_left_alone() -> None:
     for name, searcher in (("hyperband", "optuna"), ("fifo", "optuna"), ("pbt", "random")):
         search = SearchConfig(scheduler=name, searcher=searcher)  # pyright: ignore
         made = make_scheduler(search, space, budget=BUDGET, report=100)
-        assert keep_decades(made, space, spaces.BARE, time_attr=TOKENS, budget=BUDGET) is made
+        assert (
+            keep_decades(made, space, spaces.BARE, mode="packed", time_attr=TOKENS, budget=BUDGET)
+            is made
+        )
 
 
 def test_it_goes_through_pickle_with_the_scheduler_that_it_keeps() -> None:

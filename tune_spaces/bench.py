@@ -290,6 +290,7 @@ class Bench:
         """
         place = self._places[trial]
         place.seat.resume_from(checkpoint.rewind(place.run_dir, step=step))
+        place.target = 0  # it has been where it was asked to go
         return self.export(trial)
 
     def export(self, trial: str) -> Path:

@@ -113,6 +113,13 @@ class SearchConfig:
             raise ConfigError(
                 f"search.sampler is gp, but search.searcher is {self.searcher}; use optuna"
             )
+        for name in ("overfit_patience", "overfit_margin", "plateau_patience", "plateau_gain"):
+            value = getattr(self.guards, name)
+            if self.mode == "solo" and value not in (None, getattr(Guards(), name)):
+                raise ConfigError(
+                    f"search.guards.{name} is {value}, but search.mode: solo keeps no earlier "
+                    "report of a trial, and ends it at a divergence only; leave it out"
+                )
         if self.grace_tokens is not None and self.scheduler == "fifo":
             raise ConfigError("search.grace_tokens has no use with search.scheduler: fifo")
 

@@ -17,7 +17,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, Tri
 
 from training.config import TrainRecipe
 from tune_spaces import spaces
-from tune_spaces.spaces import AT_RANK_16, LEARNING_RATE, Space
+from tune_spaces.spaces import AT_RANK_16, LEARNING_RATE, Mode, Space
 
 _FAIR_SHARE = 1 / 3
 """Of the budget."""
@@ -36,14 +36,16 @@ class DecadeKeeper(TrialScheduler):
         recipe: TrainRecipe,
         *,
         is_lr_scaled: bool,
+        mode: Mode,
         time_attr: str,
         budget: int,
     ) -> None:
-        """budget: of a whole trial, in units of `time_attr`."""
+        """mode: of the search. budget: of a whole trial, in units of `time_attr`."""
         super().__init__()
         self._base = base
         self._recipe = recipe
         self._is_lr_scaled = is_lr_scaled
+        self._mode: Mode = mode
         self._time_attr = time_attr
         self._fair = budget * _FAIR_SHARE
         self._stopped: set[str] = set()
@@ -103,12 +105,20 @@ class DecadeKeeper(TrialScheduler):
 
     def _decade(self, trial: Trial) -> int:
         params = trial.config["params"]
-        at_16, _ = spaces.learning_rates(self._recipe, params, is_lr_scaled=self._is_lr_scaled)
+        at_16, _ = spaces.learning_rates(
+            self._recipe, params, is_lr_scaled=self._is_lr_scaled, mode=self._mode
+        )
         return math.floor(math.log10(at_16))
 
 
 def keep_decades(
-    scheduler: TrialScheduler, space: Space, recipe: TrainRecipe, *, time_attr: str, budget: int
+    scheduler: TrialScheduler,
+    space: Space,
+    recipe: TrainRecipe,
+    *,
+    mode: Mode,
+    time_attr: str,
+    budget: int,
 ) -> TrialScheduler:
     """The scheduler behind a DecadeKeeper, where that helps: see there."""
     has_rates = {AT_RANK_16, LEARNING_RATE} & {d.path for d in space.every_dimension()}
@@ -117,6 +127,7 @@ def keep_decades(
             scheduler,
             recipe,
             is_lr_scaled=space.is_lr_scaled,
+            mode=mode,
             time_attr=time_attr,
             budget=budget,
         )

@@ -7,8 +7,8 @@ that report, and is what counts for it. It is a candidate like a trial that used
 steps are one more thing that the evaluation data chose. Its other seeds are trained on the same
 schedule for the same number of steps (`optim.stop_after`), and so is best.yaml.
 
-What is not covered: a trial that reaches the end of its budget counts with its last report, even
-where an earlier one was better.
+What is not covered: trials of a solo search, which end at a divergence only; a trial that reaches
+the end of its budget counts with its last report, even where an earlier one was better.
 """
 
 import math

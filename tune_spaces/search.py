@@ -251,7 +251,12 @@ def _tune(
                     mode=mode_of(chosen.search.metric),
                     search_alg=searcher,
                     scheduler=decades.keep_decades(
-                        scheduler, space, chosen.recipe, time_attr=TOKENS, budget=budget
+                        scheduler,
+                        space,
+                        chosen.recipe,
+                        mode=chosen.search.mode,
+                        time_attr=TOKENS,
+                        budget=budget,
                     ),
                     num_samples=count,
                     max_concurrent_trials=hall.seats,

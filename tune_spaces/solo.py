@@ -26,7 +26,6 @@ from training import checkpoint, loop, run
 from training.config import LogConfig, ScaleConfig, TrainRecipe
 from training.evaluate import METRICS
 from training.events import Event, EventLog, EventReader
-from tune_spaces.guards import Guards
 from tune_spaces.trial import NOTE, Trial
 
 log = logging.getLogger(__name__)
@@ -293,10 +292,6 @@ class SoloTrial(Trial):
             is_evaluated=self._recipe.data.eval is not None,
             after=step,
         )
-
-    def _guards(self) -> Guards:
-        """Divergence alone: the adapter of an ordinary run is its last one."""
-        return replace(super()._guards(), overfit_patience=None, plateau_patience=None)
 
     def _start(self) -> Run:
         """The run of this trial; it takes up where its newest valid checkpoint is."""

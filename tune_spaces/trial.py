@@ -37,10 +37,10 @@ Actor: TypeAlias = Any
 
 NOTE = "seat.json"
 """In Tune's checkpoint of a trial: where the trial's own are."""
-_REPORTS = "reports.json"
-"""In a trial's directory: what its guards have seen so far."""
 _BENCH = "bench"
 """In a trial's directory: the bench that it sat on last."""
+_REPORTS = "reports.json"
+"""In a trial's directory: what its guards have seen so far."""
 _SEAT_TIMEOUT_S = 600.0
 """How long a trial waits while no bench answers at all."""
 _SEAT_POLL_S = 0.2
@@ -136,20 +136,14 @@ class Trial(Trainable):
         self._recipe = recipe_of(self._spec, self._name, self._params)
         self._run_dir = Path(self._spec.directory) / self._name
         self._run_dir.mkdir(parents=True, exist_ok=True)
-        self._history: list[Report] = []
 
     def _write_note(self, directory: str, **also: int) -> None:
         note = {"trial": self._name, "run_dir": str(self._run_dir), **also}
         (Path(directory) / NOTE).write_text(json.dumps(note), encoding="utf-8")
 
     def _result(self, progress: Mapping[str, Any]) -> dict[str, Any]:
-        """A report as Tune gets it, which the guards have judged."""
-        about = {**self._about(), "reason": "", "done": progress["is_finished"]}
-        result = {**progress, **about}
-        return result | self._judged(result)
-
-    def _judged(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """What the guards change of a result, which is kept for them first."""
+        """A report as Tune gets it, with what the guards say to it."""
+        result = {**progress, **self._about(), "reason": "", "done": progress["is_finished"]}
         metric = self._spec.metric
         report = Report(
             step=result["step"],
@@ -158,45 +152,29 @@ class Trial(Trainable):
             eval_loss=result["eval_loss"],
             value=result[metric],
         )
-        earlier = [one for one in self._history if one.tokens < report.tokens]
-        self._keep([*earlier, report])
         verdict = guards.judge(
-            self._guards(),
-            self._history,
+            Guards(**self._spec.guards),
+            self._history(report),
             metric=metric,
             warmup_steps=warmup_steps(self._recipe.optim, result["num_steps"]),
             base_loss=None if _has_own_data(self._params) else self._spec.base_loss,
         )
         if verdict is None or (verdict.kept is not None and result["is_finished"]):
-            return {}
-        ended = {"reason": verdict.reason, "done": True, "is_finished": verdict.kept is not None}
-        if verdict.kept is None:
-            return ended
-        self._rewind(verdict.kept.step)
-        return {
-            **ended,
-            metric: verdict.kept.value,
-            "measured": report.value,
-            "kept_step": verdict.kept.step,
-        }
+            return result
+        kept = verdict.kept
+        result |= {"reason": verdict.reason, "done": True, "is_finished": kept is not None}
+        if kept is not None:
+            self._go_back(kept.step)
+            result |= {metric: kept.value, "measured": report.value, "kept_step": kept.step}
+        return result
 
-    def _guards(self) -> Guards:
-        return Guards(**self._spec.guards)
+    def _history(self, report: Report) -> list[Report]:
+        """What the guards judge by; one report alone can only be a divergence."""
+        return [report]
 
-    def _rewind(self, step: int) -> None:
-        """Make what the trial was at an earlier report its last word."""
-        raise NotImplementedError
-
-    def _kept(self) -> list[Report]:
-        """Up to the checkpoint that the trial goes on from; what is lost comes again."""
-        path = self._run_dir / _REPORTS
-        rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        return [Report(**row) for row in rows if row["tokens"] <= self._tokens]
-
-    def _keep(self, reports: Sequence[Report]) -> None:
-        self._history = list(reports)
-        rows = [asdict(report) for report in reports]
-        storage.write_file(self._run_dir / _REPORTS, json.dumps(rows).encode())
+    def _go_back(self, step: int) -> None:
+        """Make a report of this trial's past its last."""
+        raise NotImplementedError("a trial without a history has no past")
 
     def _ended(self, reason: str) -> dict[str, Any]:
         """The last result of a trial that cannot go on."""
@@ -271,7 +249,7 @@ class SeatTrial(Trial):
         def adopt() -> None:
             self._leave()
             self._call("adopt", note["run_dir"], str(self._run_dir))
-            self._keep([])  # they are of weights that are gone
+            self._keep_reports([])  # they are of weights that are gone
             self._take_seat()
 
         self._seated(adopt)
@@ -361,7 +339,7 @@ class SeatTrial(Trial):
             return False
         self._bench, (self._tokens, self._attempt) = bench, seat
         self._where = name
-        self._history = self._kept()
+        self._reports = self._kept_reports()
         storage.write_file(kept, name.encode())
         return True
 
@@ -372,17 +350,35 @@ class SeatTrial(Trial):
         if progress["is_finished"]:
             self._call("export", self._name)
         else:
-            best = guards.best(self._history, guards.mode_of(self._spec.metric))
+            best = guards.best(self._reports, guards.mode_of(self._spec.metric))
             self._call("save", self._name, best.step if best is not None else None)
         metric = self._spec.metric
         if metric not in ("eval_loss", "train_loss"):
             scores = self._call("scores", [self._name], metric, None)[self._name]["values"]
             progress[metric] = sum(scores) / len(scores)
+        result = self._result(progress)
         self._reported = self._tokens
-        return self._result(progress)
+        return result
 
-    def _rewind(self, step: int) -> None:
+    def _history(self, report: Report) -> list[Report]:
+        """All its reports; they are on disk, for a process that takes the trial over."""
+        earlier = [one for one in self._reports if one.tokens < report.tokens]
+        self._keep_reports([*earlier, report])
+        return self._reports
+
+    def _go_back(self, step: int) -> None:
         self._call("rewind", self._name, step)
+
+    def _kept_reports(self) -> list[Report]:
+        """Up to the checkpoint that the trial goes on from; what is lost comes again."""
+        path = self._run_dir / _REPORTS
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        return [Report(**row) for row in rows if row["tokens"] <= self._tokens]
+
+    def _keep_reports(self, reports: Sequence[Report]) -> None:
+        self._reports = list(reports)
+        rows = [asdict(report) for report in reports]
+        storage.write_file(self._run_dir / _REPORTS, json.dumps(rows).encode())
 
     def _leave(self) -> None:
         try:
