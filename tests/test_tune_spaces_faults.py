@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,14 @@ def bench_of(process: "subprocess.Popen[str]") -> psutil.Process:
     return found[0]
 
 
-def reports(directory: Path) -> dict[str, list[tuple[float, float, float]]]:
-    """(supervised tokens, training loss, metric) of every report, by trial, in their order."""
-    found: dict[str, list[tuple[float, float, float]]] = {}
+def reports(directory: Path, *, may_fail: bool = False) -> dict[str, list[tuple[float, ...]]]:
+    """(supervised tokens, training loss, metric) of every report, by trial, in their order.
+
+    may_fail: whether Tune may have had to start a trial's process again.
+    """
+    found: dict[str, list[tuple[float, ...]]] = {}
     for event in EventReader(directory / "events.jsonl").read():
-        assert event.kind != "failed", event.text("message")
+        assert may_fail or event.kind != "failed", event.text("message")
         if event.kind == "result":
             row = tuple(event.number(n) for n in ("supervised_tokens", "train_loss", "value"))
             found.setdefault(str(event.fields["params"]), []).append(row)
@@ -94,6 +97,14 @@ def assert_same(found: SearchRecord, undisturbed: SearchRecord) -> None:
         assert [value for _, value in one] == pytest.approx(values, rel=1e-6)
 
 
+def assert_same_reports(
+    found: Sequence[tuple[float, ...]], undisturbed: Sequence[tuple[float, ...]]
+) -> None:
+    assert [row[0] for row in found] == [row[0] for row in undisturbed]
+    for one, other in zip(found, undisturbed, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
 @pytest.mark.ray
 @pytest.mark.chaos
 def test_a_bench_that_is_killed_comes_back_and_every_trial_goes_on_from_its_last_report(
@@ -115,9 +126,7 @@ def test_a_bench_that_is_killed_comes_back_and_every_trial_goes_on_from_its_last
     assert_same(record, records.read(whole))
     found, expected = reports(directory), reports(whole)
     for params, rows in expected.items():  # each report once, and the same
-        assert [tokens for tokens, _, _ in found[params]] == [tokens for tokens, _, _ in rows]
-        for one, other in zip(found[params], rows, strict=True):
-            assert one == pytest.approx(other, rel=1e-5)
+        assert_same_reports(found[params], rows)
     assert max(taken for _, taken in record.seats_filled) <= 2
     assert result_of(out)["peak_rss_bytes"] > 0
 
@@ -145,3 +154,37 @@ def test_trials_and_finalists_spread_over_the_benches_of_two_nodes(
         taken = [int(event.number("taken")) for event in events]
         assert sum(after > before for before, after in pairwise(taken)) == 4
         assert taken[-1] == 0
+
+
+@pytest.mark.ray
+@pytest.mark.chaos
+def test_trials_of_a_node_that_dies_go_on_at_the_other(
+    tmp_path: Path, tiny_base: Path, whole: Path
+) -> None:
+    path = write(tmp_path, tiny_base, "halved")
+    directory = tmp_path / "runs" / "halved"
+    with local_cluster(num_cpus=1, has_two_nodes=True) as cluster:
+        assert cluster.second is not None
+        extra = {name: value for name, value in cluster.credentials.items() if value is not None}
+        words = ["tune_spaces", path.name, "--address", cluster.gcs_address]
+        process = start(words, tmp_path, extra)
+
+        def is_time() -> bool:
+            saved = directory.glob("trials/*/checkpoints/step-*")
+            return {(p.parent.parent / "bench").read_text() for p in saved} == {"bench0", "bench1"}
+
+        wait_until(is_time, process)
+        for child in psutil.Process(cluster.second.pid).children(recursive=True):
+            child.kill()
+        status, _, err = finish(process)
+    assert status == 0, err
+    assert_same(records.read(directory), records.read(whole))
+    found, expected = reports(directory, may_fail=True), reports(whole)
+    for params, rows in expected.items():
+        by_tokens = {row[0]: row for row in found[params]}
+        assert_same_reports([*by_tokens.values()], rows)
+        for row in found[params]:  # what Tune had to be told twice is the same
+            assert row == pytest.approx(by_tokens[row[0]], rel=1e-5)
+    rows = [e for e in EventReader(directory / "events.jsonl").read() if e.kind == "result"]
+    assert {event.text("bench") for event in rows} == {"bench0", "bench1"}
+    assert len({event.text("bench") for event in rows if event.fields["is_finished"]}) == 1
