@@ -1,4 +1,4 @@
-"""A real Ray cluster of one node with its dashboard, in processes of its own, for tests."""
+"""A real Ray cluster with its dashboard, of one node or two, in processes of its own, for tests."""
 
 import os
 import secrets
@@ -32,6 +32,8 @@ class LocalCluster:
     """host:port for drivers."""
     token: str
     """What it asks for."""
+    second: "subprocess.Popen[bytes] | None" = None
+    """`ray start` of the node that is not the head, which may be ended; its processes follow."""
 
     @property
     def credentials(self) -> dict[str, str | None]:
@@ -50,8 +52,11 @@ class LocalCluster:
 
 
 @contextmanager
-def local_cluster(*, num_cpus: int = 2) -> Iterator[LocalCluster]:
-    """Start a cluster on random ports that asks for a token; nothing of it is left afterwards."""
+def local_cluster(*, num_cpus: int = 2, has_two_nodes: bool = False) -> Iterator[LocalCluster]:
+    """Start a cluster on random ports that asks for a token; nothing of it is left afterwards.
+
+    num_cpus: of each node.
+    """
     directory = Path(tempfile.mkdtemp(prefix="lr-", dir="/tmp"))
     token = secrets.token_hex(16)
     port = free_port()
@@ -64,16 +69,24 @@ def local_cluster(*, num_cpus: int = 2) -> Iterator[LocalCluster]:
     environment = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
     path = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "PATH": path}
-    with (directory / "start.log").open("wb") as log:
-        head = subprocess.Popen(
-            words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=directory
-        )
+    head = _start(words, environment, directory / "start.log")
     seen: set[psutil.Process] = set()
+    second = None
     try:
         address = f"http://127.0.0.1:{port}"
         _wait_until_up(head, address, token, directory)
         gcs_address = (directory / _ADDRESS_FILE).read_text().strip()
-        yield LocalCluster(jobs_address=address, gcs_address=gcs_address, token=token)
+        if has_two_nodes:
+            words = [
+                *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block"),
+                *(f"--address={gcs_address}", f"--temp-dir={directory}", f"--num-cpus={num_cpus}"),
+                *("--dashboard-agent-listen-port=0", "--object-store-memory=134217728"),
+            ]
+            second = _start(words, environment, directory / "second.log")
+            _wait_until_joined(second, directory)
+        yield LocalCluster(
+            jobs_address=address, gcs_address=gcs_address, token=token, second=second
+        )
     finally:
         seen |= _processes_of(head, directory)
         head.terminate()
@@ -84,10 +97,28 @@ def local_cluster(*, num_cpus: int = 2) -> Iterator[LocalCluster]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         head.wait(_STOP_TIMEOUT_S)
+        if second is not None:
+            second.wait(_STOP_TIMEOUT_S)
         _, alive = psutil.wait_procs(seen, timeout=10)
         left = alive or _processes_of(head, directory)
         shutil.rmtree(directory, ignore_errors=True)
         assert not left, f"processes of the test cluster are left: {left}"
+
+
+def _start(words: list[str], env: dict[str, str], output: Path) -> "subprocess.Popen[bytes]":
+    with output.open("wb") as log:
+        return subprocess.Popen(
+            words, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=output.parent
+        )
+
+
+def _wait_until_joined(second: "subprocess.Popen[bytes]", directory: Path) -> None:
+    output = directory / "second.log"
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while "Ray runtime started" not in output.read_text():
+        if second.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError(f"the second node did not start: {output.read_text()}")
+        time.sleep(0.2)
 
 
 def _wait_until_up(
