@@ -26,6 +26,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = tuple(REPOSITORY / name for name in ("cluster", "training", "tune_spaces", "serving"))
 """What a Ray worker must be able to import."""
 
+_PRIVATE = "LORAY_PRIVATE_RAY"
+"""Set in every process of a private Ray, so that those inside know where they are."""
 _PROBE_TIMEOUT_S = 5.0
 _OBJECT_STORE_BYTES = 128 << 20
 _MAX_TEMPORARY_ROOT = 24
@@ -41,7 +43,7 @@ class Session:
     address: str
     """host:port of the cluster's control service (GCS)."""
     is_private: bool
-    """Started for this session, and stopped with it."""
+    """Started for the outermost session, and stopped with it."""
     num_cpus: int
     """CPU cores that Ray may use, over all nodes."""
     num_gpus: int
@@ -71,7 +73,7 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> Itera
                 f"this process is connected to Ray already; it cannot connect to {address!r} too. "
                 "Close the first session, or leave the address out"
             )
-        yield _report(is_private=False)
+        yield _report(is_private=_PRIVATE in os.environ)
         return
     address = address or os.environ.get("RAY_ADDRESS") or None
     if address in (None, "local"):
@@ -217,6 +219,7 @@ def _private(num_cpus: int | None) -> Iterator[None]:
             stream.write(secrets.token_hex(32))
         path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
         variables = {
+            _PRIVATE: "1",
             "PYTHONBREAKPOINT": os.environ.get("PYTHONBREAKPOINT"),  # ray.init sets it.
             "PYTHONPATH": path,
             "RAY_ADDRESS": None,

@@ -52,14 +52,21 @@ def run_dir_of(recipe: TrainRecipe) -> Path:
     return Path(recipe.storage) / recipe.name
 
 
-def train(recipe: TrainRecipe) -> Event:
+def train(recipe: TrainRecipe, *, is_held: bool = False) -> Event:
     """Run a recipe in this process, on one thread; returns its last event."""
     run_dir = run_dir_of(recipe)
     run_dir.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        worker.run(recipe, run_dir, workers=Workers(), device=torch.device("cpu"), workers_here=1)
+        worker.run(
+            recipe,
+            run_dir,
+            workers=Workers(),
+            device=torch.device("cpu"),
+            workers_here=1,
+            is_held=is_held,
+        )
     finally:
         torch.set_num_threads(threads)
     return events_of(recipe)[-1]

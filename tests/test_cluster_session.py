@@ -44,6 +44,10 @@ def test_private_session_is_loopback_only_asks_for_a_token_and_leaves_nothing(
 
         return [str(module.__file__) for module in (cluster, training, tune_spaces, serving)]
 
+    def is_in_private_ray() -> bool:
+        with session.connect() as nested:
+            return nested.is_private
+
     monkeypatch.chdir(tmp_path)
     others = _descendants()
     before = dict(os.environ)
@@ -57,6 +61,7 @@ def test_private_session_is_loopback_only_asks_for_a_token_and_leaves_nothing(
         expected = [str(package / "__init__.py") for package in session.PACKAGES]
         assert packages() == expected
         assert ray.get(ray.remote(packages).remote(), timeout=60) == expected
+        assert ray.get(ray.remote(is_in_private_ray).remote(), timeout=60)
 
         started = _descendants() - others
         listening = {

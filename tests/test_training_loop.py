@@ -1,7 +1,10 @@
 """The loop: exact whatever the batches look like, resumable, and loud when something breaks."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from tiny import ARCHITECTURES, make_base
 from cluster import ownership, storage
 from cluster.errors import ConfigError, StorageError, TrainingError
 from training import checkpoint, loop, seat
-from training.config import TrainRecipe
+from training.config import EvaluationConfig, TrainRecipe
 
 
 def losses(recipe: TrainRecipe) -> list[float]:
@@ -282,6 +285,86 @@ def test_the_best_evaluation_becomes_the_adapter_and_patience_ends_the_run(
     assert last.number("steps") == best + 4
     manifest = storage.verify(run_dir_of(recipe) / "adapter")
     assert manifest.info["step"] == best
+
+
+def test_a_held_run_goes_no_further_than_it_is_let(tmp_path: Path, tiny_base: Path) -> None:
+    free = make_recipe(tmp_path, tiny_base, name="free")
+    train(free)
+    recipe = make_recipe(tmp_path, tiny_base, name="held")
+    run_dir_of(recipe).mkdir(parents=True)
+    loop.let_pass(run_dir_of(recipe), 0)
+    with ThreadPoolExecutor() as pool:
+        held = pool.submit(train, recipe, is_held=True)
+        for step in (2, 4):
+            deadline = time.monotonic() + 60
+            while len(events_of(recipe, "checkpoint")) < step / 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            assert len(losses(recipe)) == step
+            loop.let_pass(run_dir_of(recipe), step)
+        assert not held.result(60).fields["was_stopped"]
+    assert adapter_bytes(recipe) == adapter_bytes(free)
+
+
+def test_a_held_run_that_is_stopped_ends_at_its_checkpoint(tmp_path: Path, tiny_base: Path) -> None:
+    recipe = make_recipe(tmp_path, tiny_base)
+    run_dir_of(recipe).mkdir(parents=True)
+    loop.let_pass(run_dir_of(recipe), 2)
+    with ThreadPoolExecutor() as pool:
+        held = pool.submit(train, recipe, is_held=True)
+        while len(events_of(recipe, "checkpoint")) < 2 and not held.done():
+            time.sleep(0.02)
+        loop.stop_file(run_dir_of(recipe)).touch()
+        last = held.result(60)
+    assert (last.number("steps"), last.fields["was_stopped"]) == (4, True)
+
+
+def test_nobody_who_comes_ends_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_HOLD_TIMEOUT_S", 0)
+    assert not loop._may_pass(tmp_path, 2)
+    assert loop.stop_file(tmp_path).exists()
+
+
+def test_all_metrics_are_measured_during_the_run_where_asked(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    recipe = make_recipe(
+        tmp_path,
+        tiny_base,
+        data={"eval": str(tmp_path / "train.jsonl")},
+        optim={"max_steps": 4},
+        evaluation={"every_steps": 2, "metrics": ["loss", "rouge_l"], "metrics_during_run": True},
+    )
+    last = train(recipe)
+    evals = events_of(recipe, "eval")
+    assert [event.number("step") for event in evals] == [2, 4]
+    assert all(0 <= event.number("rouge_l") <= 1 for event in evals)
+    scores: Any = last.fields["eval"]
+    best = next(e for e in evals if e.number("step") == last.number("adapter_step"))
+    assert best.number("rouge_l") == pytest.approx(scores["rouge_l"]["value"])
+    with pytest.raises(ConfigError, match=r"metrics_during_run needs evaluation\.every_steps"):
+        EvaluationConfig(metrics_during_run=True)
+
+
+def test_a_run_that_stops_early_is_the_beginning_of_the_whole_one(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    optim = {"max_steps": 8, "schedule": "cosine", "warmup": 2}
+    whole = make_recipe(tmp_path, tiny_base, name="whole", optim=optim)
+    short = make_recipe(tmp_path, tiny_base, name="short", optim={**optim, "stop_after": 4})
+    train(whole)
+    end = train(short)
+    assert (end.fields["steps"], end.fields["num_steps"]) == (4, 8)
+    steps = [events_of(recipe, "step") for recipe in (whole, short)]
+    told = [[(e.fields["loss"], e.fields["lr"]) for e in events] for events in steps]
+    assert told[1] == told[0][:4]
+    kept = checkpoint.rewind(run_dir_of(whole), step=6)
+    assert checkpoint.find_latest_valid(run_dir_of(whole)) == kept
+    with pytest.raises(StorageError, match="step-000008"):
+        checkpoint.rewind(run_dir_of(whole), step=8)
+    assert kept.exists()
+    again = train(make_recipe(tmp_path, tiny_base, name="whole", optim=optim))
+    assert again.fields["steps"] == 8
 
 
 def test_an_old_attempt_cannot_commit(tmp_path: Path, tiny_base: Path) -> None:

@@ -99,14 +99,20 @@ def test_the_barrier_of_one_worker_is_ended(
     assert ended == (["barrier"] if num_workers == 1 else [])
 
 
+def arguments(method: Any, function: str = "") -> set[str]:
+    """Names of the keyword arguments in calls of `function`, or in all calls."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    wanted = [c for c in calls if function in ("", getattr(c.func, "id", None))]
+    return {key.arg for call in wanted for key in call.keywords if key.arg}
+
+
 def test_workers_are_told_what_ray_tells_them() -> None:
-    """_LeanGroup repeats one call of Ray's; its arguments must stay those of Ray's own."""
-
-    def names(method: Any) -> set[str]:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        return {key.arg for call in calls for key in call.keywords if key.arg}
-
-    ours = names(trainer._LeanGroup._init_train_context_on_workers)
-    assert ours == names(trainer.WorkerGroup._init_train_context_on_workers)
+    """_LeanGroup repeats two calls of Ray's; their arguments must stay those of Ray's own."""
+    ours = arguments(trainer._LeanGroup._init_train_context_on_workers)
+    assert ours == arguments(trainer.WorkerGroup._init_train_context_on_workers)
     assert "controller_actor" in ours
+    ours = arguments(trainer._LeanGroup._create_placement_group, "placement_group")
+    theirs = arguments(trainer.WorkerGroup._create_placement_group, "placement_group")
+    assert ours == theirs | {"name"}
+    assert "bundles" in theirs

@@ -1,5 +1,7 @@
 """The desk: many callers, one bench, everybody gets an answer."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +15,9 @@ from cluster import config
 from cluster.errors import LorayError
 from training import generation
 from training.config import TrainRecipe
-from tune_spaces.actor import BenchActor, Desk
+from tune_spaces.actor import BenchActor
 from tune_spaces.bench import Bench, NoSeat
+from tune_spaces.desk import Desk
 
 ALL_TOKENS = 10**9
 
@@ -197,3 +200,13 @@ def answers(bench: Bench, names: Sequence[str]) -> list[str]:
         pad_id=258,
         route=lambda numbers: bench.trunk.router.by_row([adapters[n] for n in numbers]),
     )
+
+
+def test_a_trials_process_needs_no_torch() -> None:
+    """Eight of them run beside a bench; a handle of an actor loads the module of its class."""
+    code = (
+        "import sys, tune_spaces.trial, tune_spaces.actor;"
+        "sys.exit(', '.join({'torch', 'transformers', 'optuna'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

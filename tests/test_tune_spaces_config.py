@@ -11,12 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigError
-from training.config import DataConfig, ModelConfig, ScaleConfig, TrainRecipe
+from training.config import DataConfig, ModelConfig, OptimConfig, ScaleConfig, TrainRecipe
 from tune_spaces import config, spaces
 from tune_spaces.config import SearchConfig
 from tune_spaces.spaces import AT_RANK_16, Choices, Dimension, Floats, Ints
 
 RECIPE = "name: a\nmodel: {base: demo}\ndata: {train: train.jsonl, eval: eval.jsonl}\n"
+PLAIN = TrainRecipe(
+    name="a",
+    model=ModelConfig(base="demo"),
+    data=DataConfig(train="train.jsonl", eval="eval.jsonl"),
+    optim=OptimConfig(global_batch_size=4),
+)
 INLINE = """\
 space:
   lora.variant: [lora, rslora]
@@ -226,6 +232,49 @@ def test_field_that_trials_have_in_common_cannot_vary(path: str) -> None:
         config.parse({path: ["x"]})
     assert f"{path} cannot vary" in str(caught.value)
     assert "lora.rank" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "values"),
+    [
+        ("model.quantization", ["int8", "none"]),
+        ("data.train", ["a.jsonl", ["a.jsonl", "b.jsonl"]]),
+        ("data.max_length", [64, 128]),
+        ("memory.gradient_checkpointing", ["on", "off"]),
+        ("scale.workers", [1, 2]),
+    ],
+)
+def test_solo_searches_what_packed_has_in_common_and_packed_says_so(
+    tmp_path: Path, path: str, values: list[Any]
+) -> None:
+    space = yaml.safe_dump({"space": {path: values}})
+    file = _file(tmp_path, RECIPE + space)
+    [dimension] = config.load(file, ["search.mode=solo"]).space.dimensions
+    assert dimension.domain == Choices(values=tuple(values))
+    assert spaces.recipe_for(PLAIN, {path: values[1]}, mode="solo") != PLAIN
+    with pytest.raises(ConfigError, match=rf"{path} cannot vary .* set search\.mode: solo"):
+        config.load(file)
+
+
+@pytest.mark.parametrize("path", ["name", "storage", "data.eval", "evaluation.best", "log.to"])
+def test_solo_keeps_and_compares_its_trials_in_one_way(path: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{path} cannot vary inside a search, which keeps"):
+        config.parse({path: ["x"]}, mode="solo")
+    with pytest.raises(ConfigError, match=r"Did you mean 'data.mask'\? Valid: model.base"):
+        config.parse({"data.maks": ["all"]}, mode="solo")
+
+
+def test_what_no_bench_takes_is_refused_when_the_file_is_read(tmp_path: Path) -> None:
+    dora = "space: {lora.variant: [lora, dora]}\n"
+    for text, override in (
+        ("", "lora.variant=dora"),
+        (dora, "lora.rank=8"),
+        ("optim: {max_steps: 4}\n", "data.streaming=true"),
+    ):
+        file = _file(tmp_path, RECIPE + text)
+        with pytest.raises(ConfigError, match=r"on one base; set search\.mode: solo"):
+            config.load(file, [override])
+        assert config.load(file, [override, "search.mode=solo"]).search.mode == "solo"
 
 
 def test_named_space_is_checked_against_the_recipe() -> None:

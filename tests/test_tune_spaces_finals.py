@@ -24,11 +24,13 @@ class FixedHall:
     def __init__(self, scores: Mapping[str, Sequence[float]]) -> None:
         self.scored = scores
         self.asked: list[tuple[list[str], str | None]] = []
+        self.recipes: dict[str, TrainRecipe] = {}
 
     def scores(
         self, recipes: Mapping[str, TrainRecipe], metric: str, source: str | None = None
     ) -> dict[str, dict[str, list[float]]]:
         self.asked.append((list(recipes), source))
+        self.recipes |= recipes
         return {
             name: {"values": list(self.scored[name.split("-")[0]]), "weights": [1.0] * ITEMS}
             for name in recipes
@@ -142,6 +144,29 @@ def test_trials_that_were_stopped_or_broke_are_no_finalists() -> None:
     }
     assert finals.finished(results, "min") == ["better", "good"]
     assert finals.finished(results, "max") == ["good", "better"]
+
+
+def test_a_trial_of_which_an_early_report_counts_is_repeated_up_to_its_step(tmp_path: Path) -> None:
+    values = {"a": noise(1, 1.0), "b": noise(2, 2.0)}
+    search = make_search(tmp_path)
+    hall = FixedHall(values)
+    results = {
+        "a": {"is_finished": True, "value": 1.0, "kept_step": 7},
+        "b": {"is_finished": True, "value": 2.0},
+    }
+    outcome = finals.decide(
+        search,
+        make_spec(search),
+        cast(Hall, hall),
+        results,
+        {"a": {}, "b": {}},
+        mode="min",
+        say=lambda _: None,
+    )
+    assert outcome is not None
+    assert outcome.recipe.optim.stop_after == 7
+    stops = {name: recipe.optim.stop_after for name, recipe in hall.recipes.items()}
+    assert stops == {"a": 7, "a-seed1": 7, "b": None, "b-seed1": None}
 
 
 def test_a_training_loss_has_no_interval_and_the_lowest_wins(tmp_path: Path) -> None:

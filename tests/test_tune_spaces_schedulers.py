@@ -1,14 +1,16 @@
 """What a search file makes of Tune's schedulers and of our searchers."""
 
+import math
 from pathlib import Path
 
 import pytest
 from ray.tune import schedulers as tune_schedulers
+from ray.tune.schedulers.pb2 import PB2
 
 from cluster.errors import ConfigError
 from tune_spaces import config, spaces
 from tune_spaces.config import SearchConfig
-from tune_spaces.schedulers import TOKENS, make_scheduler, make_searcher, mode_of
+from tune_spaces.schedulers import TOKENS, make_scheduler, make_searcher, mode_of, population
 from tune_spaces.searcher import ListSearcher, OptunaSearcher
 
 
@@ -42,8 +44,48 @@ def test_population_based_training_needs_something_that_may_change() -> None:
         make_scheduler(search, space, budget=800, report=100)
     with pytest.raises(ConfigError, match=r"set search\.searcher: random"):
         make_scheduler(SearchConfig(scheduler="pbt"), spaces.rank_lr(), budget=800, report=100)
-    with pytest.raises(ConfigError, match="use pbt"):
+    with pytest.raises(ConfigError, match="pb2 changes the parameters itself"):
         make_scheduler(SearchConfig(scheduler="pb2"), space, budget=800, report=100)
+
+
+@pytest.mark.parametrize(
+    "dropout", [[0.0, 0.1], {"uniform": [0.0, 0.1], "when": {"lora.rank": [16]}}]
+)
+def test_pb2_needs_ranges_without_conditions(dropout: object) -> None:
+    space = config.parse({"lora.rank": [8, 16], "lora.dropout": dropout})
+    search = SearchConfig(scheduler="pb2", searcher="random")
+    with pytest.raises(ConfigError, match=r"lora\.dropout of space 'inline' has choices or a cond"):
+        make_scheduler(search, space, budget=800, report=100)
+
+
+def test_pb2_searches_a_log_range_by_its_logarithm() -> None:
+    space = config.parse(
+        {
+            "lora.rank": [8],
+            "optim.learning_rate": {"log_uniform": [1e-5, 1e-2]},
+            "lora.dropout": {"uniform": [0.0, 0.2]},
+        }
+    )
+    search = SearchConfig(scheduler="pb2", searcher="random", trials=4)
+    made = make_scheduler(search, space, budget=800, report=100)
+    assert isinstance(made, PB2)
+    bounds = made._hyperparam_bounds_flat
+    assert bounds["params/lora.dropout"] == [0.0, 0.2]
+    assert bounds["log/optim.learning_rate"] == pytest.approx([math.log(1e-5), math.log(1e-2)])
+    first = population(search, space, fixed={})
+    rows = first["params"]["grid_search"]
+    assert len(rows) == 4
+    drawn = first["log"].sample({"params": rows[0]})
+    assert drawn == {"optim.learning_rate": math.log(rows[0]["optim.learning_rate"])}
+    assert made._custom_explore_fn is not None
+    moved = {"params": rows[0], "log": {"optim.learning_rate": math.log(3e-4)}, "spec": "s"}
+    changed = made._custom_explore_fn(moved)["params"]
+    assert changed["optim.learning_rate"] == pytest.approx(3e-4)
+    assert changed["lora.dropout"] == rows[0]["lora.dropout"]
+    moved["params"] = {**rows[0], "lora.dropout": 0.20000000298023224}
+    assert made._custom_explore_fn(moved)["params"]["lora.dropout"] == 0.2
+    moved["log"] = {"optim.learning_rate": math.log(1e-2) + 1e-6}  # as float32 has it
+    assert made._custom_explore_fn(moved)["params"]["optim.learning_rate"] == 1e-2
 
 
 def test_random_draws_are_those_of_the_seed_and_a_grid_has_its_points(tmp_path: Path) -> None:

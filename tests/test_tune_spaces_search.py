@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import signal
+import sqlite3
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import yaml
 from processes import call, finish, start, wait_until
 from runs import write_rows
 from safetensors.numpy import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cluster import storage
 from tune_spaces import record as records
@@ -61,7 +64,7 @@ def result_of(out: str) -> Mapping[str, Any]:
 
 @pytest.mark.ray
 def test_a_search_finds_a_winner_and_leaves_everything(tmp_path: Path, tiny_base: Path) -> None:
-    path = write_search(tmp_path, tiny_base)
+    path = write_search(tmp_path, tiny_base, search={"log": ["tensorboard"]})
     status, out, err = call(["tune_spaces", path.name, "--json"], tmp_path)
     assert status == 0, err
     result = result_of(out)
@@ -77,6 +80,10 @@ def test_a_search_finds_a_winner_and_leaves_everything(tmp_path: Path, tiny_base
     assert len(record.finalists) == min(2, result["finished"])
     assert all(len(finalist.seeds) == 2 for finalist in record.finalists)
     assert all(trial.reason for trial in record.trials if trial.state == "stopped")
+    best = record.trial(result["best_trial"])
+    (events,) = directory.glob(f"tune-0/SeatTrial_{best.trial}*")
+    told = EventAccumulator(str(events)).Reload().Scalars("ray/tune/eval_loss")
+    assert [e.value for e in told] == pytest.approx([point[2] for point in best.history])
     with (directory / "trials.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 6
     assert "won" in (directory / "report.html").read_text() or record.winner.is_tie
@@ -90,6 +97,27 @@ def test_a_search_finds_a_winner_and_leaves_everything(tmp_path: Path, tiny_base
     status, _, err = call(["tune_spaces", path.name], tmp_path)
     assert status == 1
     assert "--resume" in err
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_others_hear_of_every_trial(tmp_path: Path, tiny_base: Path, name: str) -> None:
+    pytest.importorskip(name)
+    search = {"log": [name], "scheduler": "fifo", "trials": 2, "seats": 2, "seeds": 1}
+    path = write_search(tmp_path, tiny_base, search=search)
+    alone = {"WANDB_API_KEY": "", "MLFLOW_TRACKING_URI": ""}
+    status, out, err = call(["tune_spaces", path.name, "--json"], tmp_path, alone)
+    assert status == 0, err
+    directory = Path(result_of(out)["search_dir"])
+    record = records.read(directory)
+    if name == "wandb":
+        assert len(list(directory.glob("wandb/offline-run-*/run-*.wandb"))) == 2
+        return
+    with closing(sqlite3.connect(directory / "mlflow" / "mlflow.db")) as database:
+        rows = database.execute("select value from metrics where key = 'eval_loss'").fetchall()
+        values = [value for trial in record.trials for _, _, value, _ in trial.history]
+        assert sorted(v for (v,) in rows) == pytest.approx(sorted(v or 0.0 for v in values))
+        assert database.execute("select distinct status from runs").fetchall() == [("FINISHED",)]
 
 
 @pytest.mark.ray
@@ -116,7 +144,7 @@ def test_a_killed_search_goes_on_and_nothing_runs_twice(tmp_path: Path, tiny_bas
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("scheduler", ["hyperband", "pbt"])
+@pytest.mark.parametrize("scheduler", ["hyperband", "pbt", "pb2"])
 def test_schedulers_that_pause_and_copy_trials_run_unmodified(
     tmp_path: Path, tiny_base: Path, scheduler: str
 ) -> None:
@@ -132,6 +160,13 @@ def test_schedulers_that_pause_and_copy_trials_run_unmodified(
     assert result["trials"] == 4
     assert result["failed"] == 0, err
     assert result["best_metric"] < result["base_metric"]
+    if scheduler in ("pbt", "pb2"):
+        lines = (Path(result["search_dir"]) / "tune-0" / "pbt_global.txt").read_text().splitlines()
+        moves = [tuple(config["params"] for config in json.loads(line)[-2:]) for line in lines]
+        assert any(old != new for old, new in moves)
+        for _, new in moves if scheduler == "pb2" else ():
+            assert 1e-3 <= new["optim.learning_rate"] <= 3e-2
+            assert 0 <= new["lora.dropout"] <= 0.2
 
 
 @pytest.mark.ray
@@ -150,6 +185,45 @@ def test_ctrl_c_keeps_everything_and_resume_goes_on(tmp_path: Path, tiny_base: P
     assert status == 0, err
     assert result_of(out)["finished"] == 3
     assert all(trial.history[0][0] < trial.tokens for trial in records.read(directory).trials)
+
+
+@pytest.mark.ray
+def test_an_overfitted_trial_can_win_with_its_best_report_and_be_trained_again(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    for name, word in (("train", "red"), ("eval", "owl")):
+        rows = [{"prompt": f"Say {n}", "completion": f"it is {word}"} for n in range(8)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    search = {"trials": 1, "seats": 2, "finalists": 1, "scheduler": "fifo", "test": None}
+    guards = {"overfit_margin": 5e-4, "plateau_patience": None}
+    path = write_search(
+        tmp_path,
+        tiny_base,
+        model={"base": str(tiny_base), "quantization": "none"},
+        optim={"max_steps": 400, "global_batch_size": 8},
+        space={"lora.rank": [16], "optim.learning_rate": [3e-2]},
+        search={**search, "report_every_tokens": 800, "guards": guards},
+    )
+    status, out, err = call(["tune_spaces", path.name, "--json"], tmp_path)
+    assert status == 0, err
+    result = result_of(out)
+    assert (result["finished"], result["stopped"]) == (1, 0)
+    directory = Path(result["search_dir"])
+    (trial,) = records.read(directory).trials
+    assert trial.reason.startswith("overfit: ")
+    values = [value for _, _, value, _ in trial.history if value is not None]
+    assert trial.value == min(values) < values[-1]
+    assert result["best_metric"] == pytest.approx(trial.value, abs=1e-4)
+    again = yaml.safe_load((directory / "best.yaml").read_text())
+    assert again["optim"]["max_steps"] == 400
+    assert 0 < again["optim"]["stop_after"] < 400
+    (_, other) = records.read(directory).finalists[0].seeds
+    assert other.value == pytest.approx(trial.value, abs=0.1)
+    status, out, err = call(["training", str(directory / "best.yaml"), "--json"], tmp_path)
+    assert status == 0, err
+    again = load_file(Path(result_of(out)["adapter"]) / "adapter_model.safetensors")
+    best = load_file(directory / "best" / "adapter_model.safetensors")
+    assert max(float(abs(again[name] - best[name]).max()) for name in best) < 1e-4
 
 
 @pytest.mark.ray
@@ -192,8 +266,9 @@ def test_a_time_limit_ends_a_search_and_says_so(tmp_path: Path, tiny_base: Path)
         (["FILE", "search.metric=loss"], "allowed: eval_loss"),
         (["FILE", "space=rank_l"], "Did you mean 'rank_lr'"),
         (["FILE", "data.eval=null"], "data.eval"),
-        (["FILE", "search.mode=solo"], "not part of this release"),
-        (["FILE", "search.scheduler=pb2"], "use pbt"),
+        (["FILE", "lora.variant=dora"], "search.mode: solo"),
+        (["FILE", "search.scheduler=pb2", "search.searcher=optuna"], "pb2 changes the parameters"),
+        (["FILE", "search.log=[tensorbord]"], "tensorboard | mlflow | wandb"),
         (["FILE", "--resume"], "no search to resume"),
         (["FILE", "--address", "127.0.0.1:1"], "cannot be reached"),
     ],

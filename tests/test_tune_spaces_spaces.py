@@ -240,6 +240,12 @@ def test_small_ranks_are_warned_of() -> None:
     assert spaces.warnings_for(spaces.rank_lr(), RECIPE) == []
 
 
+def test_losses_of_other_tokens_are_warned_of() -> None:
+    masks = Dimension(path="data.mask", domain=Choices(values=("completion", "all")))
+    (warning,) = spaces.warnings_for(Space(name="masks", dimensions=(masks,)), RECIPE)
+    assert warning.startswith("data.mask: trials are then scored on other tokens")
+
+
 @pytest.mark.parametrize("lora", [LoraConfig(alpha=32), LoraConfig(variant="rslora")])
 def test_rule_is_warned_of_where_it_was_not_made_for_the_recipe(lora: LoraConfig) -> None:
     recipe = TrainRecipe(name="a", model=RECIPE.model, data=RECIPE.data, lora=lora)

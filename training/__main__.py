@@ -1,14 +1,14 @@
 """`python -m training RECIPE [section.field=value ...]`: the same job as `loray train`."""
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cluster import command, config, jobs
+from cluster import command, config
+from cluster.command import say
 from training.config import TrainRecipe
 
 Recipe = Annotated[Path, typer.Argument(help="A recipe, YAML or JSON.", show_default=False)]
@@ -17,25 +17,30 @@ Overrides = Annotated[
     typer.Argument(help="Settings that win over the recipe's.", metavar="[SECTION.FIELD=VALUE]..."),
 ]
 
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON object, the last line.")
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster: host:port, or with --submit http://host:8265."),
+]
+Submit = Annotated[
+    bool, typer.Option("--submit", help="Run on the cluster as a Ray job and follow its log.")
+]
+
 
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as one JSON object, the last line.")
-    ] = False,
-    address: Annotated[
-        str | None,
-        typer.Option(help="Ray cluster: host:port, or with --submit http://host:8265."),
-    ] = None,
-    submit: Annotated[
-        bool, typer.Option("--submit", help="Run on the cluster as a Ray job and follow its log.")
-    ] = False,
+    as_json: AsJson = False,
+    address: Address = None,
+    submit: Submit = False,
 ) -> None:
     """Fine-tune an adapter. On a run that exists, go on from its newest valid checkpoint."""
     chosen = config.load(TrainRecipe, recipe, overrides or ())
     if submit:
-        raise typer.Exit(_submit(recipe, overrides or [], as_json=as_json, address=address))
+        words = ["training", str(recipe), *(overrides or []), *(["--json"] if as_json else [])]
+        raise typer.Exit(command.submit(words, address=address))
     from training import run, view  # torch and ray: seconds that bad usage must not cost
 
     try:
@@ -54,24 +59,6 @@ def train(
     if result["was_stopped"]:
         say("stopped early; the same command resumes")
         raise typer.Exit(130)
-
-
-def _submit(recipe: Path, overrides: list[str], *, as_json: bool, address: str | None) -> int:
-    words = ["python", "-m", "training", str(recipe), *overrides, *(["--json"] if as_json else [])]
-    where = address or "http://127.0.0.1:8265"
-    job_id = jobs.submit(words, address=where, working_dir=Path.cwd())
-    say(f"job {job_id} on {where}: {shlex.join(words)}")
-    try:
-        return jobs.follow(job_id, address=where)
-    except KeyboardInterrupt:
-        if typer.confirm(f"stop job {job_id}? (no leaves it running)", default=True, err=True):
-            jobs.stop(job_id, address=where)
-        return 130
-
-
-def say(line: str) -> None:
-    """One line for people, on stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,6 +10,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,12 +127,18 @@ def restore(path: Path, model: PeftModel, optimizer: Optimizer, *, adapter: str 
     return State(**body["state"])
 
 
-def adopt(source: Path, target: Path) -> None:
+def adopt(source: Path, target: Path, *, step: int | None = None) -> int:
     """Give run `target` the newest valid checkpoint of run `source` in place of its own.
 
+    step: the checkpoint to take instead, while there is one. Returns the step that was taken.
     Raises StorageError where `source` has none.
     """
-    found = find_latest_valid(source)
+    found = None
+    if step is not None:
+        with suppress(StorageError):
+            storage.verify(directory(source, step))
+            found = directory(source, step)
+    found = found or find_latest_valid(source)
     if found is None:
         raise StorageError(f"{source} has no checkpoint to go on from")
     final = target / "checkpoints"
@@ -142,6 +149,7 @@ def adopt(source: Path, target: Path) -> None:
     if final.exists():
         shutil.rmtree(final.rename(target / ".tmp-adopted"))
     fresh.rename(final)
+    return int(found.name.removeprefix("step-"))
 
 
 def prune(run_dir: Path, *, keep: int, best_step: int | None) -> None:
@@ -149,9 +157,20 @@ def prune(run_dir: Path, *, keep: int, best_step: int | None) -> None:
     steps = _steps(run_dir)
     for step in sorted(steps)[:-keep]:
         if step != best_step:
-            # Renamed first: a crash in between must not leave half a checkpoint to be found.
-            doomed = steps[step].rename(steps[step].parent / f".tmp-prune-{steps[step].name}")
-            shutil.rmtree(doomed)
+            _remove(steps[step])
+
+
+def rewind(run_dir: Path, *, step: int) -> Path:
+    """Make the checkpoint of `step` the newest, by removing those after it; its directory.
+
+    Raises StorageError where it is missing or damaged; nothing is removed then.
+    """
+    kept = directory(run_dir, step)
+    storage.verify(kept)
+    for later, path in sorted(_steps(run_dir).items(), reverse=True):
+        if later > step:
+            _remove(path)
+    return kept
 
 
 def export(
@@ -233,6 +252,11 @@ def load_adapter(path: Path, model: PeftModel, *, adapter: str = ADAPTER) -> Non
 def _adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     """By PEFT's file names, which do not say what the adapter is called."""
     return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+
+
+def _remove(path: Path) -> None:
+    """Renamed first: a crash in between must not leave half a checkpoint to be found."""
+    shutil.rmtree(path.rename(path.parent / f".tmp-prune-{path.name}"))
 
 
 def _steps(run_dir: Path) -> dict[int, Path]:

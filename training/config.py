@@ -104,6 +104,8 @@ class OptimConfig:
     """Passes over the training examples; ignored where max_steps is given."""
     max_steps: int | None = None
     """Optimiser steps in all."""
+    stop_after: int | None = None
+    """Steps after which training ends, though the schedule goes on; null trains to its end."""
     global_batch_size: int = 16
     """Examples per optimiser step, over all workers."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
@@ -127,6 +129,13 @@ class OptimConfig:
         if self.max_steps is not None:
             _require(
                 1 <= self.max_steps <= 10**9, "optim.max_steps", self.max_steps, "null, or 1 to 1e9"
+            )
+        if self.stop_after is not None:
+            _require(
+                1 <= self.stop_after <= 10**9,
+                "optim.stop_after",
+                self.stop_after,
+                "null, or 1 to 1e9",
             )
         _require(
             1 <= self.global_batch_size <= 1 << 20,
@@ -223,7 +232,9 @@ class EvaluationConfig:
     every_steps: int | None = None
     """Optimiser steps between evaluations; null evaluates once, at the end."""
     metrics: tuple[Literal["loss", "exact_match", "json_valid", "rouge_l"], ...] = ("loss",)
-    """What is measured at the end; during the run it is the loss."""
+    """What is measured at the end; during the run it is the loss, unless metrics_during_run."""
+    metrics_during_run: bool = False
+    """Measure all metrics at every evaluation; answers take time to generate."""
     best: Literal["loss", "last"] = "loss"
     """Which checkpoint becomes the adapter: the lowest eval loss, or the last step."""
     early_stopping: int | None = None
@@ -238,6 +249,8 @@ class EvaluationConfig:
                 _require(1 <= value <= 10**9, f"evaluation.{name}", value, "null, or 1 or more")
         if self.early_stopping and not self.every_steps:
             raise ConfigError("evaluation.early_stopping needs evaluation.every_steps")
+        if self.metrics_during_run and not self.every_steps:
+            raise ConfigError("evaluation.metrics_during_run needs evaluation.every_steps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,12 +10,14 @@ is not finite is seen before the optimiser moves. What one step is, is in `train
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cluster import storage
 from training import checkpoint
 from training.checkpoint import State
 from training.config import TrainRecipe
@@ -24,6 +26,9 @@ from training.model import ADAPTER, adapter_parameters
 from training.seat import Batches, Seat, Step, Trunk, eval_loss, turn
 from training.strategy import Workers
 from training.tokens import Encoded
+
+_HOLD_TIMEOUT_S = 900.0
+_HOLD_POLL_S = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +46,10 @@ class Job:
     """Only the first worker writes."""
     info: Mapping[str, Any]
     """What manifests say about where the adapter comes from."""
+    scores: Callable[[], Mapping[str, float]] = dict
+    """What else an evaluation measures, by metric; asked on the first worker only."""
+    is_held: bool = False
+    """Wait after each due checkpoint until `let_pass`, for whoever judges the run."""
     clock: Callable[[], float] = time.perf_counter
 
     def report(self, kind: str, **fields: Any) -> None:
@@ -69,11 +78,12 @@ def fit(job: Job) -> State:
         pid=os.getpid(),
         from_step=seat.state.step,
         num_steps=job.batches.num_steps,
+        **_totals(seat.state),
         trainable_parameters=sum(p.numel() for p in seat.parameters.values()),
         workers=job.workers.size,
         **asdict(job.trunk.memory),
     )
-    while not seat.is_done:
+    while not seat.is_done and not _is_held_back(job, seat):
         wants_stop = _step(job, seat)
         _after_step(job, seat, wants_stop=wants_stop)
         if wants_stop or _is_stale(seat):
@@ -125,7 +135,8 @@ def _after_step(job: Job, seat: Seat, *, wants_stop: bool) -> None:
     if len(job.eval_examples) and (seat.is_done or (every and step % every == 0)):
         loss = eval_loss(job.trunk, job.eval_examples, workers=job.workers)
         is_best = seat.state.best_loss is None or loss < seat.state.best_loss
-        job.report("eval", step=step, loss=loss, is_best=is_best)
+        scores = job.scores() if job.workers.is_first else {}
+        job.report("eval", step=step, loss=loss, is_best=is_best, **scores)
         seat.state = replace(
             seat.state,
             best_loss=loss if is_best else seat.state.best_loss,
@@ -149,8 +160,39 @@ def _save(job: Job, seat: Seat) -> None:
         )
         keep = job.recipe.checkpoint.keep
         checkpoint.prune(job.run_dir, keep=keep, best_step=seat.state.best_step)
-        job.report("checkpoint", step=seat.state.step, path=path.name)
+        job.report("checkpoint", step=seat.state.step, path=path.name, **_totals(seat.state))
     job.workers.wait()
+
+
+def _totals(state: State) -> dict[str, float]:
+    return {
+        "total_real_tokens": state.real_tokens,
+        "total_supervised_tokens": state.supervised_tokens,
+        "total_train_s": round(state.train_s, 3),
+    }
+
+
+def _is_held_back(job: Job, seat: Seat) -> bool:
+    """Wait here if the run is held; whether it was asked to stop meanwhile."""
+    if not job.is_held or seat.state.step % job.recipe.checkpoint.every_steps:
+        return False
+    asked = job.workers.is_first and not _may_pass(job.run_dir, seat.state.step)
+    stop = torch.tensor([float(asked)], device=job.trunk.base.device)
+    job.workers.sum_([stop])
+    return bool(stop.item())
+
+
+def _may_pass(run_dir: Path, step: int) -> bool:
+    """Wait for `let_pass`; False where the run was asked to stop, or nobody came in time."""
+    deadline = time.monotonic() + _HOLD_TIMEOUT_S
+    while not stop_file(run_dir).exists():
+        with suppress(FileNotFoundError):
+            if int(_pass_file(run_dir).read_text(encoding="ascii")) >= step:
+                return True
+        if time.monotonic() > deadline:
+            stop_file(run_dir).touch()
+        time.sleep(_HOLD_POLL_S)
+    return False
 
 
 def _restore(job: Job, seat: Seat) -> None:
@@ -173,3 +215,12 @@ def _is_stale(seat: Seat) -> bool:
 def stop_file(run_dir: Path) -> Path:
     """Whoever creates this file asks the run to checkpoint after the current step and end."""
     return run_dir / "stop-requested"
+
+
+def let_pass(run_dir: Path, step: int) -> None:
+    """Let a run that is held go on after its checkpoint of `step`, up to the next one."""
+    storage.write_file(_pass_file(run_dir), str(step).encode())
+
+
+def _pass_file(run_dir: Path) -> Path:
+    return run_dir / "may-pass"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cluster import __version__, config, errors, ownership, session, storage
 from cluster.errors import ClusterError, ConfigError, LorayError
 from training import dataset, loop, model, sinks, special_ids, strategy, worker
-from training.config import TrainRecipe
+from training.config import ScaleConfig, TrainRecipe
 from training.dataset import Dataset
 from training.events import Event, EventReader
 
@@ -40,11 +40,15 @@ def train(
     say: Callable[[str], None],
     watch: Watcher,
     address: str | None = None,
+    scale: ScaleConfig | None = None,
+    is_held: bool = False,
 ) -> dict[str, Any]:
     """Run a recipe to its end on Ray, resuming where it was run before; returns its result.
 
     say: told what a person should read before training starts. watch: told each event.
     address: of a Ray cluster; None uses RAY_ADDRESS, or starts a private one on this machine.
+    scale: what the recipe's `scale` comes to where several runs share the cluster. is_held: the run
+    waits after each checkpoint until `loop.let_pass`.
     Raises LorayError. The first Ctrl-C stops after the current step with a checkpoint, the second
     at once (KeyboardInterrupt).
     """
@@ -71,7 +75,8 @@ def train(
             from training import trainer
 
             say(f"run directory {run_dir}")
-            outcome = trainer.start(recipe, run_dir, data.fingerprint, ray_session)
+            here = replace(recipe, scale=scale or recipe.scale)
+            outcome = trainer.start(here, run_dir, data.fingerprint, ray_session, is_held=is_held)
             for event in _follow(outcome, reader, run_dir, say):
                 last.setdefault(f"first {event.kind}", event)
                 last[event.kind] = event
@@ -107,6 +112,12 @@ def inspect(recipe: TrainRecipe, say: Callable[[str], None]) -> Dataset:
     for line in data.report.lines():
         say(line)
     return data
+
+
+def tokens_per_example(recipe: TrainRecipe) -> float:
+    """Supervised tokens of a training example, on average; of a stream's first rows."""
+    report = inspect(recipe, lambda _: None).report
+    return report.num_supervised / report.num_examples
 
 
 def _follow(

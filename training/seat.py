@@ -117,8 +117,10 @@ class Seat:
 
     @property
     def is_done(self) -> bool:
-        """Whether every step of its schedule has been taken."""
-        return self.state.step >= self.batches.num_steps
+        """Whether every step has been taken, of its schedule or up to `optim.stop_after`."""
+        last = self.recipe.optim.stop_after
+        num_steps = self.batches.num_steps
+        return self.state.step >= (num_steps if last is None else min(last, num_steps))
 
     @property
     def num_supervised(self) -> int:

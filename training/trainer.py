@@ -12,7 +12,7 @@ import asyncio
 import logging
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,15 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import (
+    DefaultPlacementGroupHandle,
+)
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from cluster import config
 from cluster.errors import ResourceError
@@ -62,18 +71,27 @@ class Outcome:
 
 
 def start(
-    recipe: TrainRecipe, run_dir: Path, data_fingerprint: str, ray_session: Session
+    recipe: TrainRecipe,
+    run_dir: Path,
+    data_fingerprint: str,
+    ray_session: Session,
+    *,
+    is_held: bool = False,
 ) -> Outcome:
     """Start the workers of a recipe whose paths are absolute; they write into `run_dir`.
 
-    Raises ResourceError where the cluster has fewer CPUs or GPUs than the recipe asks for.
+    The caller holds the run's lock. is_held: see loop.Job. Raises ResourceError where the cluster
+    has fewer CPUs or GPUs than the recipe asks for.
     """
     cpus, gpus = _share_out(recipe, ray_session)
+    if ray_session.is_private:
+        end_workers([recipe.name])  # of a driver that was killed: nobody else has the lock
     spec = {
         "recipe": config.plain(recipe),
         "run_dir": str(run_dir),
         "data_fingerprint": data_fingerprint,
         "threads": cpus,
+        "is_held": is_held,
     }
     # Ray's state of the run is not used: our checkpoints are the truth, so it gets a throw-away
     # place (a truncated checkpoint_manager_snapshot.json makes a run of Ray 2.60 unresumable).
@@ -96,6 +114,17 @@ def start(
     )
     trainer.is_private = ray_session.is_private
     return Outcome(trainer.fit, scratch)
+
+
+def end_workers(runs: Collection[str]) -> None:
+    """Kill what a private Ray still has of the runs of these names, and free its CPUs and GPUs.
+
+    Ray keeps the placement group of a driver that is an actor until the whole job ends (ray
+    #54305); a shared cluster has Ray's own cleaner for that.
+    """
+    for key, row in placement_group_table().items():
+        if row["name"] in runs and row["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(key))))
 
 
 class _NoGroup(TorchConfig):
@@ -138,6 +167,18 @@ class _LeanGroup(WorkerGroup):
         if len(self.get_workers()) == 1:  # it would wait for itself in a process of its own
             state: Any = self._worker_group_state
             ray.kill(state.sync_actor)
+
+    def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> Any:
+        """As Ray's without TPUs, and with the run's name, by which `end_workers` finds it."""
+        return DefaultPlacementGroupHandle(
+            placement_group(
+                bundles=[worker_group_context.resources_per_worker]
+                * worker_group_context.num_workers,
+                strategy=worker_group_context.placement_strategy,
+                name=self._train_run_context.run_config.name or "",
+                bundle_label_selector=worker_group_context.label_selector,
+            )
+        )
 
     def _init_train_context_on_workers(
         self, workers: Any, sync_actor: Any, train_context_args: Any

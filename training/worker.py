@@ -6,11 +6,13 @@ import logging
 import platform
 import resource
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 
 from cluster import __version__, config, ownership, storage
 from cluster.errors import DataError, LorayError, ResourceError
@@ -23,6 +25,9 @@ from training.model import Base
 from training.seat import Trunk
 from training.strategy import Workers
 
+if TYPE_CHECKING:  # it is needed at the end only
+    from training.evaluate import Estimate
+
 log = logging.getLogger(__name__)
 
 
@@ -34,16 +39,17 @@ def run(
     device: torch.device,
     workers_here: int,
     data_fingerprint: str | None = None,
+    is_held: bool = False,
 ) -> None:
     """Train a recipe whose paths are absolute into `run_dir`; the result is its last event.
 
     workers_here: how many workers share this machine's memory. data_fingerprint: of the examples
-    as the driver saw them; None takes them as they are. Raises LorayError; the reason is in the
-    run's events by then.
+    as the driver saw them; None takes them as they are. is_held: see loop.Job. Raises LorayError;
+    the reason is in the run's events by then.
     """
     events = EventLog(run_dir / "events.jsonl") if workers.is_first else None
     try:
-        _run(recipe, run_dir, workers, device, workers_here, data_fingerprint, events)
+        _run(recipe, run_dir, workers, device, workers_here, data_fingerprint, events, is_held)
     except LorayError as error:
         if events is not None:
             events.write("failed", sync=True, code=error.code, message=str(error))
@@ -61,6 +67,7 @@ def _run(
     workers_here: int,
     data_fingerprint: str | None,
     events: EventLog | None,
+    is_held: bool,
 ) -> None:
     started = time.perf_counter()
     attempt = ownership.next_attempt(run_dir) if workers.is_first else 0
@@ -91,6 +98,10 @@ def _run(
         if data.train is not None
         else dataset.StreamBatches(recipe, data.encoder)
     )
+
+    def scores() -> dict[str, float]:
+        return {n: e.value for n, e in _generated(recipe, base, peft_model, data).items()}
+
     job = loop.Job(
         recipe=recipe,
         run_dir=run_dir,
@@ -101,6 +112,8 @@ def _run(
         workers=workers,
         events=events,
         info=provenance(recipe, base, data),
+        is_held=is_held,
+        scores=scores if recipe.evaluation.metrics_during_run else dict,
     )
     state = loop.fit(job)
     if workers.is_first:
@@ -170,21 +183,23 @@ def _evaluate(job: loop.Job, data: dataset.Dataset, state: State) -> dict[str, A
     """The recipe's metrics of the loaded adapter, as the manifest and the last event carry them."""
     if data.eval is None or not job.recipe.data.eval:
         return {}
-    scores: dict[str, Any] = {"loss": state.best_loss}
-    generated = [m for m in job.recipe.evaluation.metrics if m != "loss"]
-    if generated:
-        from training import evaluate, examples
+    generated = _generated(job.recipe, job.trunk.base, job.trunk.model, data)
+    return {"loss": state.best_loss, **{n: config.plain(e) for n, e in generated.items()}}
 
-        rows = examples.read(
-            job.recipe.data.eval,
-            format=job.recipe.data.format,
-            on_bad_row=job.recipe.data.on_bad_row,
-        )
-        result = evaluate.evaluate(
-            job.trunk.base, job.trunk.model, rows.examples, data.encoder, generated
-        )
-        scores |= {name: config.plain(estimate) for name, estimate in result.metrics.items()}
-    return scores
+
+def _generated(
+    recipe: TrainRecipe, base: Base, model: PeftModel, data: dataset.Dataset
+) -> Mapping[str, "Estimate"]:
+    """The recipe's metrics that are measured on generated text."""
+    metrics = [m for m in recipe.evaluation.metrics if m != "loss"]
+    if not metrics or not recipe.data.eval:
+        return {}
+    from training import evaluate, examples
+
+    rows = examples.read(
+        recipe.data.eval, format=recipe.data.format, on_bad_row=recipe.data.on_bad_row
+    )
+    return evaluate.evaluate(base, model, rows.examples, data.encoder, metrics).metrics
 
 
 def _agree_on_memory(
@@ -265,6 +280,7 @@ def ray_worker(spec: dict[str, Any]) -> None:
             device=device,
             workers_here=context.get_local_world_size(),
             data_fingerprint=spec["data_fingerprint"],
+            is_held=spec["is_held"],
         )
     except LorayError as error:
         storage.write_file(run_dir / f"failure-{workers.rank}.json", failure_record(error))

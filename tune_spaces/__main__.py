@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from cluster import command
-from training.__main__ import Overrides, say
+from cluster.command import say
+from training.__main__ import Address, AsJson, Overrides, Submit
 
 SearchFile = Annotated[
     Path, typer.Argument(help="A search file, YAML or JSON.", show_default=False)
@@ -18,18 +19,21 @@ SearchFile = Annotated[
 def search(
     file: SearchFile,
     overrides: Overrides = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as one JSON object, the last line.")
-    ] = False,
-    address: Annotated[str | None, typer.Option(help="Ray cluster: host:port.")] = None,
+    as_json: AsJson = False,
+    address: Address = None,
+    submit: Submit = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a search that was stopped or killed.")
     ] = False,
 ) -> None:
-    """Search rank, learning rate and more: many trials share one frozen base."""
+    """Search rank, learning rate and more, with many trials on one frozen base or each alone."""
     from tune_spaces import config
 
     chosen = config.load(file, overrides or ())
+    if submit:
+        flags = {"--json": as_json, "--resume": resume}
+        words = ["tune_spaces", str(file), *(overrides or []), *(n for n in flags if flags[n])]
+        raise typer.Exit(command.submit(words, address=address))
     from tune_spaces import search as room  # torch and ray: seconds that bad usage must not cost
     from tune_spaces import view
 

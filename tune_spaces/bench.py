@@ -112,10 +112,13 @@ class Bench:
     clock: Callable[[], float] = time.perf_counter
     trunk: Trunk = field(init=False)
     data: dataset.Dataset = field(init=False)
+    load_s: float = field(init=False)
+    """Seconds that base and data took to load."""
     _places: _Places = field(init=False, default_factory=_Places)
     _names: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
+        started = self.clock()
         base = model.load_base(self.recipe.model, device=self.device)
         peft_model, router = model.attach_lora(base, LoraConfig(rank=1), seed=0, adapter=BASE)
         vocab_size = base.model.config.get_text_config().vocab_size
@@ -129,6 +132,7 @@ class Bench:
         plan = self._plan(base, chosen, pad_id)
         memory.set_checkpointing(chosen, is_on=plan.gradient_checkpointing)
         self.trunk = Trunk(base=base, objective=chosen, router=router, memory=plan)
+        self.load_s = self.clock() - started
 
     @property
     def trials(self) -> tuple[str, ...]:
@@ -258,10 +262,11 @@ class Bench:
         """Which of a trial's seats, over all benches and times, it has now."""
         return self._places[trial].attempt
 
-    def save(self, trial: str) -> Path:
+    def save(self, trial: str, *, best_step: int | None = None) -> Path:
         """Commit a checkpoint of the trial's last whole step; the directory.
 
-        Raises StorageError on a full disk, or where a newer seat of the trial exists.
+        The one of `best_step` is kept beside the newest. Raises StorageError on a full disk, or
+        where a newer seat of the trial exists.
         """
         place = self._places[trial]
         path = checkpoint.save(
@@ -274,8 +279,19 @@ class Bench:
             info={**self._info(place), _TOLD: None if place.loss_tokens else place.train_loss},
             adapter=place.seat.adapter,
         )
-        checkpoint.prune(place.run_dir, keep=place.seat.recipe.checkpoint.keep, best_step=None)
+        keep = place.seat.recipe.checkpoint.keep
+        checkpoint.prune(place.run_dir, keep=keep, best_step=best_step)
         return path
+
+    def rewind(self, trial: str, step: int) -> Path:
+        """Take a trial back to a checkpoint of its own, and export that; the adapter's directory.
+
+        Raises StorageError where it is missing or damaged.
+        """
+        place = self._places[trial]
+        place.seat.resume_from(checkpoint.rewind(place.run_dir, step=step))
+        place.target = 0  # it has been where it was asked to go
+        return self.export(trial)
 
     def export(self, trial: str) -> Path:
         """Commit `<run>/adapter`, the adapter to use, as the trial stands now."""

@@ -39,6 +39,8 @@ class Capacity:
     """Seats of the search's largest adapter that the memory holds."""
     seat_bytes: int
     """Of the search's largest adapter, while it trains."""
+    load_s: float = 0.0
+    """Seconds that base and data took to load."""
     speeds: dict[str, float] = field(default_factory=dict)
     """Real tokens a second by number of seats; empty where the number was given."""
 
@@ -105,7 +107,9 @@ def _measure(
                     f"{seat_bytes / 1e6:.0f} MB for rank {recipe.lora.rank}, "
                     f"{free / 1e9:.1f} GB free. Lower search.seats, or the ranks of the space"
                 )
-            return Capacity(seats=min(wanted, most), fitting=fitting, seat_bytes=seat_bytes)
+            return Capacity(
+                seats=min(wanted, most), fitting=fitting, seat_bytes=seat_bytes, load_s=bench.load_s
+            )
         if not fitting:
             raise ResourceError(
                 f"not even one seat fits: {seat_bytes / 1e6:.0f} MB for rank {recipe.lora.rank}, "
@@ -126,6 +130,7 @@ def _measure(
         seats=seats,
         fitting=fitting,
         seat_bytes=seat_bytes,
+        load_s=bench.load_s,
         speeds={str(count): round(value, 1) for count, value in speeds.items()},
     )
 

@@ -22,6 +22,7 @@ from cluster import config
 from cluster.errors import ConfigError
 from training.config import TrainRecipe
 from tune_spaces import spaces
+from tune_spaces.guards import Guards
 from tune_spaces.spaces import (
     AT_RANK_16,
     LEARNING_RATE,
@@ -30,10 +31,12 @@ from tune_spaces.spaces import (
     Dimension,
     Floats,
     Ints,
+    Mode,
     Space,
 )
 
 _SCALE = "scale_learning_rate"
+_VARIANT = "lora.variant"
 _KINDS = ("choices", "uniform", "log_uniform", "int")
 _BOUNDS: dict[str, tuple[float, float]] = {
     "trials": (1, 10_000),
@@ -54,12 +57,13 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 class SearchConfig:
     """How a space is searched."""
 
-    mode: Literal["packed", "solo"] = "packed"
+    mode: Mode = "packed"
     """packed: trials share one base on each device; solo: each is an ordinary training job."""
     trials: int = 16
     """Trials in all; a grid has as many as it has points, up to this number."""
     seats: int | Literal["auto"] = "auto"
-    """Trials at once on one base; auto is as many as make it faster, found by a short probe."""
+    """Trials at once. auto: packed, as many on one base as make it faster, found by a short probe;
+    solo, as many as the cluster has room for."""
     scheduler: Literal["fifo", "asha", "hyperband", "median", "pbt", "pb2"] = "asha"
     """What stops weak trials early; fifo stops none; pbt and pb2 also change the strong ones."""
     searcher: Literal["random", "grid", "optuna"] = "optuna"
@@ -88,7 +92,9 @@ class SearchConfig:
     """Seconds that the first trials wait for others, so that they do not travel alone."""
     test: str | None = None
     """Held-out examples that no decision uses, for the winner's figure."""
-    log: tuple[Literal["tensorboard"], ...] = ()
+    guards: Guards = field(default_factory=Guards)
+    """What ends a trial early on its own account."""
+    log: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
     """Who else hears of the trials."""
 
     def __post_init__(self) -> None:
@@ -107,6 +113,13 @@ class SearchConfig:
             raise ConfigError(
                 f"search.sampler is gp, but search.searcher is {self.searcher}; use optuna"
             )
+        for name in ("overfit_patience", "overfit_margin", "plateau_patience", "plateau_gain"):
+            value = getattr(self.guards, name)
+            if self.mode == "solo" and value not in (None, getattr(Guards(), name)):
+                raise ConfigError(
+                    f"search.guards.{name} is {value}, but search.mode: solo keeps no earlier "
+                    "report of a trial, and ends it at a divergence only; leave it out"
+                )
         if self.grace_tokens is not None and self.scheduler == "fifo":
             raise ConfigError("search.grace_tokens has no use with search.scheduler: fifo")
 
@@ -136,6 +149,21 @@ class Search:
                 f"search.test is {self.search.test!r}, which is data.train or data.eval too; "
                 "name examples that no decision uses"
             )
+        if self.search.mode == "packed":
+            self._require_shareable()
+
+    def _require_shareable(self) -> None:
+        """Refuse before Ray is started what no bench would take."""
+        variants = [d.domain.ends() for d in self.space.every_dimension() if d.path == _VARIANT]
+        if "dora" in (self.recipe.lora.variant, *sum(variants, ())):
+            raise ConfigError(
+                "lora.variant: dora cannot sit beside other trials on one base; set "
+                "search.mode: solo, or leave dora out"
+            )
+        if self.recipe.data.streaming:
+            raise ConfigError(
+                "data.streaming cannot be shared by trials on one base; set search.mode: solo"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,7 +188,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Search:
     fields = dataclasses.fields(TrainRecipe)
     recipe = TrainRecipe(**{field.name: getattr(words, field.name) for field in fields})
     try:
-        space = parse(spec, recipe)
+        space = parse(spec, recipe, words.search.mode)
         return Search(recipe=recipe, space=space, search=words.search, space_spec=spec)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -181,7 +209,9 @@ def schema() -> dict[str, Any]:
     return {**tree, "properties": {**tree["properties"], **words}}
 
 
-def parse(spec: str | Mapping[str, Any], recipe: TrainRecipe = spaces.BARE) -> Space:
+def parse(
+    spec: str | Mapping[str, Any], recipe: TrainRecipe = spaces.BARE, mode: Mode = "packed"
+) -> Space:
     """A named or an inline space, every value of which `recipe` accepts.
 
     Raises ConfigError for an unknown name, field or kind of range, an empty choice, a range that
@@ -196,8 +226,8 @@ def parse(spec: str | Mapping[str, Any], recipe: TrainRecipe = spaces.BARE) -> S
             )
         space = spaces.NAMED[spec]()
     else:
-        space = _inline(spec, recipe)
-    _check(space, recipe)
+        space = _inline(spec, recipe, mode)
+    _check(space, recipe, mode)
     return space
 
 
@@ -220,7 +250,7 @@ def _space_schema() -> dict[str, Any]:
         "additionalProperties": False,
         "oneOf": [{"required": [kind]} for kind in kinds],
     }
-    fields = {path: {"anyOf": [several, entry]} for path in spaces.SEARCHABLE}
+    fields = {path: {"anyOf": [several, entry]} for path in spaces.SEARCHABLE_SOLO}
     inline = {
         "type": "object",
         "properties": {**fields, _SCALE: {"type": "boolean", "default": True}},
@@ -229,7 +259,7 @@ def _space_schema() -> dict[str, Any]:
     return {"anyOf": [{"enum": list(spaces.NAMED)}, inline]}
 
 
-def _check(space: Space, recipe: TrainRecipe) -> None:
+def _check(space: Space, recipe: TrainRecipe, mode: Mode) -> None:
     """Every value by itself, and the scaled learning rate at each rank of the space."""
     dimensions = space.every_dimension()
     ranks = [v for d in dimensions if d.path == RANK for v in d.domain.ends()]
@@ -240,11 +270,12 @@ def _check(space: Space, recipe: TrainRecipe) -> None:
                     recipe,
                     {RANK: rank, dimension.path: value},
                     is_lr_scaled=space.is_lr_scaled,
+                    mode=mode,
                     where=f"space {space.name!r}",
                 )
 
 
-def _inline(spec: object, recipe: TrainRecipe) -> Space:
+def _inline(spec: object, recipe: TrainRecipe, mode: Mode) -> Space:
     if not isinstance(spec, Mapping):
         raise ConfigError(
             f"space is {spec!r}; expected a name ({', '.join(spaces.NAMED)}) or a mapping of "
@@ -258,7 +289,7 @@ def _inline(spec: object, recipe: TrainRecipe) -> Space:
         raise ConfigError("space names no field; give one, such as lora.rank: [8, 16, 32, 64]")
     dimensions: list[Dimension] = []
     for path, entry in entries.items():
-        spaces.require_searchable(path)
+        spaces.require_searchable(path, mode)
         dimensions.append(_dimension(path, entry, dimensions, recipe))
     if LEARNING_RATE in entries and AT_RANK_16 in entries:
         raise ConfigError(f"space: {LEARNING_RATE} and {AT_RANK_16} are both given; keep one")
@@ -312,7 +343,8 @@ def _accepted(path: str, value: object, recipe: TrainRecipe) -> Any:
     """The value as a recipe holds it: `2e-5`, which YAML 1.1 reads as text, is a number there."""
     field = LEARNING_RATE if path == AT_RANK_16 else path
     section, _, name = field.partition(".")
-    built = spaces.recipe_for(recipe, {field: value}, where=f"space: {path}")
+    # Whether the mode lets it vary has been asked before.
+    built = spaces.recipe_for(recipe, {field: value}, mode="solo", where=f"space: {path}")
     return config.plain(built)[section][name]
 
 

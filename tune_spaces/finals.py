@@ -17,7 +17,7 @@ from training.evaluate import Estimate
 from tune_spaces import trial as trial_room
 from tune_spaces.bench import BASE
 from tune_spaces.config import Search
-from tune_spaces.hall import Hall
+from tune_spaces.hall import AnyHall
 from tune_spaces.record import Finalist, SeedValue, Winner
 from tune_spaces.trial import Spec
 
@@ -38,7 +38,8 @@ class Outcome:
 
 
 def finished(results: Results, mode: Literal["min", "max"]) -> list[str]:
-    """Trials that reached their whole budget with a finite metric, best first."""
+    """Candidates, best first: trials that reached their whole budget with a finite metric, or of
+    which a guard has kept the best report."""
     sign = 1.0 if mode == "min" else -1.0
     done = [
         name
@@ -51,7 +52,7 @@ def finished(results: Results, mode: Literal["min", "max"]) -> list[str]:
 def decide(
     chosen: Search,
     spec: Spec,
-    hall: Hall,
+    hall: AnyHall,
     results: Results,
     params: Mapping[str, Mapping[str, Any]],
     *,
@@ -65,7 +66,7 @@ def decide(
     names = finished(results, mode)[: chosen.search.finalists]
     if not names:
         return None
-    recipes = {name: trial_room.recipe_of(spec, name, params[name]) for name in names}
+    recipes = {name: _recipe(spec, name, params[name], results[name]) for name in names}
     metric = chosen.search.metric
     if metric == "train_loss":
         return _best_of(names[0], results, recipes[names[0]])
@@ -106,6 +107,15 @@ def decide(
         recipe=recipes[winner],
         estimates=own,
     )
+
+
+def _recipe(
+    spec: Spec, name: str, params: Mapping[str, Any], result: Mapping[str, Any]
+) -> TrainRecipe:
+    """A candidate's own, up to the step that counts for it."""
+    recipe = trial_room.recipe_of(spec, name, params)
+    step = result.get("kept_step")
+    return replace(recipe, optim=replace(recipe.optim, stop_after=step)) if step else recipe
 
 
 def _finalist(
@@ -167,7 +177,7 @@ def _best_of(name: str, results: Results, recipe: TrainRecipe) -> Outcome:
     )
 
 
-def _test(chosen: Search, hall: Hall, recipe: TrainRecipe) -> Estimate | None:
+def _test(chosen: Search, hall: AnyHall, recipe: TrainRecipe) -> Estimate | None:
     """The winner on examples that no decision used."""
     if chosen.search.test is None:
         return None
@@ -176,7 +186,7 @@ def _test(chosen: Search, hall: Hall, recipe: TrainRecipe) -> Estimate | None:
     return _estimate(chosen.search.metric, scores[recipe.name])
 
 
-def base_estimate(hall: Hall, metric: str, recipe: TrainRecipe) -> Estimate:
+def base_estimate(hall: AnyHall, metric: str, recipe: TrainRecipe) -> Estimate:
     """The metric of the untouched base model."""
     return _estimate(metric, hall.scores({BASE: recipe}, metric)[BASE])
 

@@ -1,4 +1,7 @@
-"""All benches of a search, as its driver sees them: one for each device of the cluster."""
+"""Where the trials of a search are, as its driver sees them: `AnyHall`, in either mode.
+
+`Hall` is all benches of a packed search, one for each device of the cluster.
+"""
 
 import itertools
 import logging
@@ -6,10 +9,10 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import ray
 import ray.exceptions
@@ -22,7 +25,7 @@ from training.events import EventReader
 from tune_spaces.actor import CALLERS, BenchActor, occupancy_file
 from tune_spaces.bench import BASE, NoSeat, SeatShed
 from tune_spaces.capacity import Capacity
-from tune_spaces.trial import GONE
+from tune_spaces.trial import GONE, SeatTrial, Trial
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +37,39 @@ _DEATHS = (
     f"benches died {_MAX_DEATHS} times while {{what}}; look for what killed them (memory?) in "
     "Ray's logs of the actors named bench0, bench1, ..., then go on by --resume"
 )
+_SAVE_TIMEOUT_S = 60.0
 _CALL_TIMEOUT_S = 24 * 3600.0
+_TRIAL_CPUS = 0.01
 TO_THE_END = 1 << 60
 """More supervised tokens than any schedule has."""
+
+
+class AnyHall(Protocol):
+    """What a driver asks; `Hall` and `SoloHall` say what each means."""
+
+    @property
+    def namespace(self) -> str: ...
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def seats(self) -> int: ...
+    @property
+    def capacities(self) -> tuple[Capacity, ...]: ...
+    @property
+    def trainable(self) -> type[Trial]: ...
+    @property
+    def trial_resources(self) -> Mapping[str, float]: ...
+    @property
+    def reuses_processes(self) -> bool: ...
+    def size(self) -> tuple[int, int]: ...
+    def base_loss(self) -> float | None: ...
+    def scores(
+        self, recipes: Mapping[str, TrainRecipe], metric: str, source: str | None = None
+    ) -> dict[str, dict[str, list[float]]]: ...
+    def clear(self) -> None: ...
+    def occupancy(self) -> list[tuple[float, int]]: ...
+    def peak_rss_bytes(self) -> int: ...
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +83,10 @@ class Hall:
     actors: tuple[Any, ...]
     directory: Path
     """Where benches keep their occupancy."""
+    trainable: type[Trial] = SeatTrial
+    trial_resources: Mapping[str, float] = field(default_factory=lambda: {"cpu": _TRIAL_CPUS})
+    """Of the process of a trial, which only asks."""
+    reuses_processes: bool = True
 
     @classmethod
     def open(
@@ -209,7 +246,10 @@ class Hall:
         return int(sum(peaks))
 
     def close(self) -> None:
-        """End the bench processes."""
+        """End the bench processes; trials that still sit there (Ctrl-C) are saved first."""
+        with suppress(ray.exceptions.RayError):
+            futures = [actor.save_all.remote() for actor in self.actors]
+            ray.get(futures, timeout=_SAVE_TIMEOUT_S)
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
 
@@ -280,7 +320,7 @@ class Hall:
 
 @contextmanager
 def _surviving(bench: str, method: str) -> Iterator[None]:
-    """Go on after the block where the bench dies in it, or has lost seats to a restart or memory."""
+    """Go on after the block where the bench dies in it, or seats are lost to it or to memory."""
     try:
         yield
     except (*GONE, NoSeat, SeatShed) as error:

@@ -111,7 +111,7 @@ class Trial:
     learning_rate_at_rank_16: float
     """The same, scaled to rank 16."""
     value: float | None
-    """The metric at its end."""
+    """The metric at its end, or at the report that a guard has kept."""
     low: float | None
     """Lower end of the 95 % interval."""
     high: float | None

@@ -16,7 +16,7 @@ from training.events import Event, EventLog
 from tune_spaces import finals
 from tune_spaces import record as records
 from tune_spaces.config import Search
-from tune_spaces.hall import Hall, mean_filled
+from tune_spaces.hall import AnyHall, mean_filled
 from tune_spaces.record import SearchRecord
 from tune_spaces.schedulers import TOKENS, mode_of
 from tune_spaces.trial import Spec
@@ -26,6 +26,7 @@ Watcher = Callable[[Event], None]
 _KEPT = (
     TOKENS, "train_loss", "eval_loss", "train_s", "rank", "learning_rate", "bench",
     "learning_rate_at_rank_16", "is_finished", "reason", "step", "num_steps", "real_tokens",
+    "kept_step", "measured",
 )  # fmt: skip
 """What is remembered of a result, beside its metric."""
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "optuna")
@@ -60,7 +61,8 @@ class Trials:
         tokens = int(event.number(TOKENS))
         # What was run again after a crash replaces what was lost with it.
         kept = [point for point in self.history.get(trial, []) if point[0] < tokens]
-        loss, value = (_finite(fields[name]) for name in ("train_loss", "value"))
+        loss = _finite(fields["train_loss"])
+        value = _finite(fields.get("measured", fields["value"]))
         self.history[trial] = [*kept, (tokens, loss, value, event.number("at_s"))]
 
 
@@ -116,19 +118,20 @@ class Recorder(Callback):
 
 def record_of(
     chosen: Search,
-    hall: Hall,
+    hall: AnyHall,
     spec: Spec,
     budget: int,
     base: Estimate | None,
     trials: Trials,
     outcome: finals.Outcome | None,
     filled: Sequence[tuple[float, int]],
+    tuned_s: float | None,
     started: float,
 ) -> SearchRecord:
     """Everything that a search has found, as search.json and trials.jsonl hold it.
 
-    budget: supervised tokens of a whole trial. filled: seats taken over time. started: on
-    time.perf_counter.
+    budget: supervised tokens of a whole trial. filled: seats taken over time. tuned_s: seconds of
+    the trials, None where an earlier driver ran some of them. started: on time.perf_counter.
     """
     own = outcome.estimates if outcome is not None else {}
     rungs = range(spec.report_every, budget + 1, spec.report_every)
@@ -151,10 +154,29 @@ def record_of(
         winner=outcome.winner if outcome is not None else None,
         rungs=tuple(rungs),
         finalists=outcome.finalists if outcome is not None else (),
-        cost=None,
+        cost=_cost(hall, trials, tuned_s),
         versions={"loray": __version__, **{name: version(name) for name in _LIBRARIES}},
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         trials=tuple(_trial(name, trials, own.get(name)) for name in trials.last),
+    )
+
+
+def _cost(hall: AnyHall, trials: Trials, tuned_s: float | None) -> records.Cost | None:
+    """Against the same trials one after another, by what the benches' probe has measured."""
+    alone = [each.speeds["1"] for each in hall.capacities if each.speeds]
+    if tuned_s is None or not alone:
+        return None
+    load_s = max(each.load_s for each in hall.capacities)
+    tokens = sum(result.get("real_tokens", 0) for result in trials.last.values())
+    return records.Cost(
+        measured_s=round(load_s + tuned_s, 1),
+        one_process_per_trial_s=round(len(trials.last) * load_s + tokens / sum(alone), 1),
+        how=(
+            f"Both by this search's own clock, without finals: its probe saw {alone[0]:.0f} real "
+            f"tokens/s with one seat on a bench, and loading base and data took {load_s:.1f} s, "
+            "which a process for each trial would do each time; evaluation and process starts are "
+            "counted against this search only."
+        ),
     )
 
 

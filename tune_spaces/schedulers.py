@@ -3,11 +3,13 @@
 All of Tune's schedulers run unmodified; their clock is the supervised tokens that a trial has seen.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+from ray import tune
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
@@ -20,16 +22,15 @@ from ray.tune.search import Searcher
 
 from cluster.errors import ConfigError
 from tune_spaces.config import SearchConfig
+from tune_spaces.guards import mode_of
 from tune_spaces.searcher import ListSearcher, OptunaSearcher
-from tune_spaces.spaces import Space
+from tune_spaces.spaces import Choices, Ints, Space
 
 TOKENS = "supervised_tokens"
-Mode = Literal["min", "max"]
-
-
-def mode_of(metric: str) -> Mode:
-    """Losses are to be small, shares of right answers large."""
-    return "min" if metric.endswith("loss") else "max"
+POPULATION = ("pbt", "pb2")
+"""Schedulers that change the parameters of running trials, and so need a fixed population."""
+_LOGS = "log"
+"""In a trial's config under pb2: natural logarithms of its parameters with a log range."""
 
 
 def make_scheduler(
@@ -55,10 +56,8 @@ def make_scheduler(
         )
     if search.scheduler == "median":
         return MedianStoppingRule(time_attr=TOKENS, grace_period=grace, min_samples_required=3)
-    if search.scheduler == "pbt":
+    if search.scheduler in POPULATION:
         return _population(search, space, every=max(grace, report))
-    if search.scheduler == "pb2":
-        raise ConfigError("search.scheduler: pb2 is not part of this release; use pbt")
     return FIFOScheduler()
 
 
@@ -94,29 +93,100 @@ def drawn(search: SearchConfig, space: Space, *, fixed: dict[str, Any]) -> list[
     return [{**fixed, **row} for row in rows]
 
 
+def population(search: SearchConfig, space: Space, *, fixed: dict[str, Any]) -> dict[str, Any]:
+    """The first population, as part of Tune's `param_space`: a grid, since a searcher may not be
+    beside these schedulers."""
+    params: dict[str, Any] = {"params": tune.grid_search(drawn(search, space, fixed=fixed))}
+    if search.scheduler == "pb2":
+        params[_LOGS] = tune.sample_from(_Box(space).logs)
+    return params
+
+
 def _population(search: SearchConfig, space: Space, *, every: int) -> TrialScheduler:
-    """Population based training over what may change in the middle of a trial."""
+    """Population based training, or bandits (PB2), over what may change amid a trial."""
+    name = search.scheduler
     if search.searcher == "optuna":
         raise ConfigError(
-            "search.scheduler: pbt changes the parameters itself, which Optuna could not follow; "
-            "set search.searcher: random (or grid) for its first population"
+            f"search.scheduler: {name} changes the parameters itself, which Optuna could not "
+            "follow; set search.searcher: random (or grid) for its first population"
         )
+    if not space.mutable():
+        raise ConfigError(
+            f"search.scheduler: {name} changes learning rate, weight decay or dropout, and space "
+            f"{space.name!r} has none of them; add one, or use asha"
+        )
+    if name == "pb2":
+        return _bandits(space, every=every)
     rng = np.random.default_rng(search.seed)
 
     def draw(domain: Any) -> Callable[[], Any]:
         return lambda: domain.sample(rng)
 
     mutable = {dimension.path: draw(dimension.domain) for dimension in space.mutable()}
-    if not mutable:
-        raise ConfigError(
-            f"search.scheduler: pbt changes learning rate, weight decay or dropout, and space "
-            f"{space.name!r} has none of them; add one, or use asha"
-        )
     return PopulationBasedTraining(
         time_attr=TOKENS,
         perturbation_interval=every,
         hyperparam_mutations={"params": mutable},
     )
+
+
+def _bandits(space: Space, *, every: int) -> TrialScheduler:
+    """PB2: its Gaussian process works on a box, so a log range goes by its logarithm."""
+    from ray.tune.schedulers.pb2 import PB2  # scikit-learn: a second that no other needs
+
+    for dimension in space.mutable():
+        if isinstance(dimension.domain, Choices) or dimension.when is not None:
+            raise ConfigError(
+                f"search.scheduler: pb2 moves along ranges, and {dimension.path} of space "
+                f"{space.name!r} has choices or a condition; give it uniform or log_uniform "
+                "[low, high] without `when`, or use pbt"
+            )
+    box = _Box(space)
+    return PB2(
+        time_attr=TOKENS,
+        perturbation_interval=every,
+        hyperparam_bounds=box.bounds(),
+        custom_explore_fn=box.back,
+    )
+
+
+class _Box:
+    """The ranges of a space that may change amid a trial, as PB2 sees them."""
+
+    def __init__(self, space: Space) -> None:
+        domains = {dimension.path: dimension.domain for dimension in space.mutable()}
+        self._domains = {p: d for p, d in domains.items() if not isinstance(d, Choices)}
+
+    def bounds(self) -> dict[str, Any]:
+        """Section of a trial's config -> path -> [low, high]."""
+        boxes: dict[str, dict[str, list[float]]] = {"params": {}, _LOGS: {}}
+        for path, domain in self._domains.items():
+            ends = domain.ends()
+            boxes[_LOGS if domain.is_log else "params"][path] = (
+                [math.log(end) for end in ends] if domain.is_log else list(ends)
+            )
+        return {section: box for section, box in boxes.items() if box}
+
+    def logs(self, config: Mapping[str, Any]) -> dict[str, float]:
+        """Of a trial's own parameters; Tune calls it with a config whose grid is resolved."""
+        return {
+            path: math.log(config["params"][path])
+            for path, domain in self._domains.items()
+            if domain.is_log
+        }
+
+    def back(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A config that PB2 has changed, with the parameters of its logarithms.
+
+        It calculates in float32 (Ray 2.60), which can miss the end of a range.
+        """
+        params = dict(config["params"])
+        for path, domain in self._domains.items():
+            low, high = domain.ends()
+            value = math.exp(config[_LOGS][path]) if domain.is_log else params[path]
+            value = round(value) if isinstance(domain, Ints) else value
+            params[path] = min(max(value, low), high)
+        return {**config, "params": params}
 
 
 class Suggestion:

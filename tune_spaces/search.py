@@ -20,7 +20,6 @@ from typing import Any
 import yaml
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig
-from ray.tune.logger import TBXLoggerCallback
 
 from cluster import config, ownership, session, storage
 from cluster.errors import ConfigError, TrainingError
@@ -28,21 +27,28 @@ from training import run, worker
 from training.config import TrainRecipe
 from training.events import EventLog, EventReader
 from tune_spaces import config as search_config
-from tune_spaces import finals, report, results, spaces
+from tune_spaces import decades, finals, loggers, report, results, spaces
 from tune_spaces import record as records
 from tune_spaces.config import Search
-from tune_spaces.hall import Hall
+from tune_spaces.hall import AnyHall, Hall
 from tune_spaces.record import SearchRecord
 from tune_spaces.results import Recorder, Trials, Watcher
-from tune_spaces.schedulers import drawn, make_scheduler, make_searcher, mode_of
+from tune_spaces.schedulers import (
+    POPULATION,
+    TOKENS,
+    make_scheduler,
+    make_searcher,
+    mode_of,
+    population,
+)
 from tune_spaces.searcher import OptunaSearcher
+from tune_spaces.solo_hall import SoloHall
 from tune_spaces.spaces import Space
-from tune_spaces.trial import SeatTrial, Spec
+from tune_spaces.trial import Spec
 
 _SPEC = "spec.json"
 _REPORTS = 8
 """Reports of a trial, unless search.report_every_tokens says otherwise."""
-_TRIAL_CPUS = 0.01
 _READY_TIMEOUT_S = 900.0
 _MAX_FAILURES = 3
 _LEAST_MINUTES = 0.01
@@ -74,10 +80,9 @@ def search(
     root = session.storage_root(chosen.recipe.storage)
     directory = root / chosen.recipe.name
     recipe = worker.with_absolute_paths(replace(chosen.recipe, storage=str(root)))
-    if chosen.search.mode == "solo":
-        raise ConfigError("search.mode: solo is not part of this release; use packed")
     for space in chosen.space.stages or (chosen.space,):
         make_scheduler(chosen.search, space, budget=2, report=1)  # refuses before Ray is started
+    loggers.require(chosen.search)
     storage.make_directory(directory)
     with ownership.RunLock(directory):
         _claim(directory, chosen, resume=resume)
@@ -87,17 +92,7 @@ def search(
         with session.connect(address) as ray_session:
             say(f"search directory {directory}")
             say(f"{ray_session}; loading the base")
-            hall = Hall.open(
-                recipe,
-                directory,
-                largest=spaces.largest(chosen.space, recipe),
-                seats=chosen.search.seats,
-                most=chosen.search.trials,
-                fill_window_s=chosen.search.fill_window_s,
-                timeout_s=_READY_TIMEOUT_S,
-            )
-            for name, each in zip(hall.names, hall.capacities, strict=True):
-                say(f"{name}: {each}")
+            hall = _open(chosen, recipe, directory, say)
             try:
                 return _search(chosen, recipe, directory, hall, say, watch, started)
             finally:
@@ -108,7 +103,7 @@ def _search(
     chosen: Search,
     recipe: TrainRecipe,
     directory: Path,
-    hall: Hall,
+    hall: AnyHall,
     say: Callable[[str], None],
     watch: Watcher,
     started: float,
@@ -130,27 +125,23 @@ def _search(
             watch(event)
 
     best: dict[str, Any] = {}
+    is_new = not trials.last
+    tuning = time.perf_counter()
     with closing(EventLog(directory / "events.jsonl")) as events:
         events.write("started", metric=metric, trials=chosen.search.trials, budget=budget)
         recorder = Recorder(events, read, metric=metric, scheduler=chosen.search.scheduler)
         for number, space in enumerate(chosen.space.stages or (chosen.space,)):
-            _tune(
-                _in_time(chosen, started),
-                space,
-                number,
-                directory,
-                hall,
-                spec,
-                budget,
-                best,
-                recorder,
-            )
+            timed = _in_time(chosen, started)
+            _tune(timed, space, number, directory, hall, spec, budget, best, recorder)
             leaders = finals.finished(trials.last, mode)
             best = dict(trials.params[leaders[0]]) if leaders else best
+    tuned_s = time.perf_counter() - tuning if is_new else None
     hall.clear()
     filled = hall.occupancy()
     outcome = finals.decide(chosen, spec, hall, trials.last, trials.params, mode=mode, say=say)
-    record = results.record_of(chosen, hall, spec, budget, base, trials, outcome, filled, started)
+    record = results.record_of(
+        chosen, hall, spec, budget, base, trials, outcome, filled, tuned_s, started
+    )
     records.write(directory, record)
     say(report.answer(record))
     if outcome is not None:
@@ -174,7 +165,30 @@ def _in_time(chosen: Search, started: float) -> Search:
     return replace(chosen, search=replace(chosen.search, budget_minutes=left))
 
 
-def _spec(chosen: Search, recipe: TrainRecipe, directory: Path, hall: Hall) -> tuple[int, Spec]:
+def _open(
+    chosen: Search, recipe: TrainRecipe, directory: Path, say: Callable[[str], None]
+) -> AnyHall:
+    search = chosen.search
+    if search.mode == "solo":
+        wanted = None if search.seats == "auto" else search.seats
+        return SoloHall.open(
+            recipe, directory, space=chosen.space, wanted=wanted, trials=search.trials
+        )
+    hall = Hall.open(
+        recipe,
+        directory,
+        largest=spaces.largest(chosen.space, recipe),
+        seats=search.seats,
+        most=search.trials,
+        fill_window_s=search.fill_window_s,
+        timeout_s=_READY_TIMEOUT_S,
+    )
+    for name, capacity in zip(hall.names, hall.capacities, strict=True):
+        say(f"{name}: {capacity}")
+    return hall
+
+
+def _spec(chosen: Search, recipe: TrainRecipe, directory: Path, hall: AnyHall) -> tuple[int, Spec]:
     """The supervised tokens of a trial, and what trials share, which they read from a file."""
     num_examples, num_supervised = hall.size()
     per_example = num_supervised / num_examples
@@ -197,6 +211,9 @@ def _spec(chosen: Search, recipe: TrainRecipe, directory: Path, hall: Hall) -> t
         budget=chosen.search.budget_tokens,
         tokens_per_example=per_example,
         base_loss=hall.base_loss(),
+        mode=chosen.search.mode,
+        seats=hall.seats,
+        guards=asdict(chosen.search.guards),
     )
     storage.write_file(directory / _SPEC, json.dumps(asdict(spec), indent=1).encode())
     return budget, spec
@@ -207,7 +224,7 @@ def _tune(
     space: Space,
     stage: int,
     directory: Path,
-    hall: Hall,
+    hall: AnyHall,
     spec: Spec,
     budget: int,
     fixed: dict[str, Any],
@@ -217,11 +234,11 @@ def _tune(
     # Tune (2.60) misses the files of its own loggers, which a search does without.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     name = f"tune-{stage}"
-    trainable = tune.with_resources(SeatTrial, {"cpu": _TRIAL_CPUS})
+    trainable = tune.with_resources(hall.trainable, dict(hall.trial_resources))
     where = directory / name
     settings = {"verbose": 0, "storage_path": str(directory), "name": name}
-    callbacks = [recorder, *([TBXLoggerCallback()] if chosen.search.log else [])]
-    with session.environment(_TUNE_ENVIRONMENT):
+    with session.environment(_TUNE_ENVIRONMENT | loggers.environment(chosen.search)):
+        callbacks = [recorder, *loggers.make(chosen.search, chosen.recipe.name, directory)]
         if tune.Tuner.can_restore(str(where)):
             tuner = tune.Tuner.restore(
                 str(where), trainable=trainable, resume_unfinished=True, resume_errored=True
@@ -231,10 +248,12 @@ def _tune(
         else:
             searcher, count = make_searcher(chosen.search, space, directory=directory, fixed=fixed)
             params: dict[str, Any] = {"spec": str(directory / _SPEC)}
-            if chosen.search.scheduler == "pbt":  # Tune lets it have no searcher beside itself
-                rows = drawn(chosen.search, space, fixed=fixed)
+            if chosen.search.scheduler in POPULATION:
                 searcher, count = None, 1
-                params["params"] = tune.grid_search(rows)
+                params |= population(chosen.search, space, fixed=fixed)
+            scheduler = make_scheduler(
+                chosen.search, space, budget=budget, report=spec.report_every
+            )
             minutes = chosen.search.budget_minutes
             tuner = tune.Tuner(
                 trainable,
@@ -243,19 +262,25 @@ def _tune(
                     metric=chosen.search.metric,
                     mode=mode_of(chosen.search.metric),
                     search_alg=searcher,
-                    scheduler=make_scheduler(
-                        chosen.search, space, budget=budget, report=spec.report_every
+                    scheduler=decades.keep_decades(
+                        scheduler,
+                        space,
+                        chosen.recipe,
+                        mode=chosen.search.mode,
+                        time_attr=TOKENS,
+                        budget=budget,
                     ),
                     num_samples=count,
                     max_concurrent_trials=hall.seats,
-                    reuse_actors=True,
+                    reuse_actors=hall.reuses_processes,
                     time_budget_s=minutes * 60 if minutes else None,
                 ),
                 run_config=RunConfig(
                     **settings,
                     callbacks=callbacks,
                     failure_config=FailureConfig(max_failures=_MAX_FAILURES),
-                    checkpoint_config=CheckpointConfig(checkpoint_frequency=1, num_to_keep=2),
+                    # All are kept: they are notes, and one may still be wanted by another trial.
+                    checkpoint_config=CheckpointConfig(checkpoint_frequency=1),
                 ),
             )
         tuner.fit()
@@ -308,7 +333,7 @@ def _result(
     directory: Path,
     record: SearchRecord,
     outcome: finals.Outcome,
-    hall: Hall,
+    hall: AnyHall,
     started: float,
 ) -> dict[str, Any]:
     counts = Counter(trial.state for trial in record.trials)

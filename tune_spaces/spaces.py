@@ -17,13 +17,21 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from cluster import config
 from cluster.errors import ConfigError
-from training.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, TrainRecipe
+from training.config import (
+    DataConfig,
+    LoraConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimConfig,
+    ScaleConfig,
+    TrainRecipe,
+)
 
 if TYPE_CHECKING:  # Optuna takes a second to import, which a typing error must not cost.
     from optuna.trial import BaseTrial
@@ -37,6 +45,15 @@ SEARCHABLE: tuple[str, ...] = (
     AT_RANK_16,
 )
 """What can vary between trials that share one base model and one data set."""
+SEARCHABLE_SOLO: tuple[str, ...] = (
+    *(f"model.{field.name}" for field in dataclasses.fields(ModelConfig)),
+    *(f"data.{field.name}" for field in dataclasses.fields(DataConfig) if field.name != "eval"),
+    *SEARCHABLE,
+    *(f"memory.{field.name}" for field in dataclasses.fields(MemoryConfig)),
+    *(f"scale.{field.name}" for field in dataclasses.fields(ScaleConfig)),
+)
+"""What can vary between trials that are training jobs of their own, `search.mode: solo`."""
+Mode = Literal["packed", "solo"]
 
 BARE = TrainRecipe(name="space", model=ModelConfig(base="demo"), data=DataConfig(train="train"))
 """A recipe of defaults, for a space that belongs to no recipe."""
@@ -44,6 +61,7 @@ BARE = TrainRecipe(name="space", model=ModelConfig(base="demo"), data=DataConfig
 _TARGETS = "lora.target_modules"
 _BATCH = "optim.global_batch_size"
 _MUTABLE = (LEARNING_RATE, AT_RANK_16, "optim.weight_decay", "lora.dropout")
+_CHANGE_WHAT_IS_SCORED = ("model.base", "data.template", "data.mask", "data.max_length")
 _MAX_GRID = 100_000
 
 
@@ -144,7 +162,7 @@ class Dimension:
     """One field that varies."""
 
     path: str
-    """Such as `lora.rank`; one of SEARCHABLE."""
+    """Such as `lora.rank`; one of SEARCHABLE or SEARCHABLE_SOLO."""
     domain: Choices | Floats | Ints
     """The values it takes."""
     when: Mapping[str, tuple[Any, ...]] | None = None
@@ -249,12 +267,13 @@ def recipe_for(
     params: Mapping[str, Any],
     *,
     is_lr_scaled: bool = True,
+    mode: Mode = "packed",
     where: str = "parameters of a trial",
 ) -> TrainRecipe:
     """The recipe of a trial. Raises ConfigError, which starts with `where`, if it is refused."""
     tree = config.plain(recipe)
     for path, value in params.items():
-        require_searchable(path)
+        require_searchable(path, mode)
         if path != AT_RANK_16:
             section, _, field = path.partition(".")
             tree[section][field] = value
@@ -265,30 +284,40 @@ def recipe_for(
     return config.build(TrainRecipe, tree, where=where)
 
 
-def require_searchable(path: str) -> None:
+def require_searchable(path: str, mode: Mode = "packed") -> None:
     """Raises ConfigError for a path that names no field, or one that trials have in common."""
-    if path in SEARCHABLE:
+    searchable = SEARCHABLE_SOLO if mode == "solo" else SEARCHABLE
+    if path in searchable:
         return
     section, _, field = path.partition(".")
     known = config.plain(BARE)
     is_field = field in known[section] if isinstance(known.get(section), dict) else path in known
+    if path in SEARCHABLE_SOLO:
+        raise ConfigError(
+            f"space: {path} cannot vary with search.mode: packed, whose trials share one base "
+            "model, one data set and one machine; set search.mode: solo, where each trial is a "
+            f"training job. What can vary in packed: {', '.join(SEARCHABLE)}"
+        )
     if is_field:
         raise ConfigError(
-            f"space: {path} cannot vary inside a search: its trials share one base model, one "
-            "data set, one evaluation and one machine; run a search for each value. "
-            f"What can vary: {', '.join(SEARCHABLE)}"
+            f"space: {path} cannot vary inside a search, which keeps and compares all its trials "
+            f"in one way; run a search for each value. What can vary: {', '.join(searchable)}"
         )
     raise ConfigError(
-        f"space: unknown field {path!r}.{config.nearest(path, SEARCHABLE)} "
-        f"Valid: {', '.join(SEARCHABLE)}"
+        f"space: unknown field {path!r}.{config.nearest(path, searchable)} "
+        f"Valid: {', '.join(searchable)}"
     )
 
 
 def learning_rates(
-    recipe: TrainRecipe, params: Mapping[str, Any], *, is_lr_scaled: bool = True
+    recipe: TrainRecipe,
+    params: Mapping[str, Any],
+    *,
+    is_lr_scaled: bool = True,
+    mode: Mode = "packed",
 ) -> tuple[float, float]:
     """A trial's learning rate at rank 16 and the one that it trains with."""
-    result = recipe_for(recipe, params, is_lr_scaled=is_lr_scaled)
+    result = recipe_for(recipe, params, is_lr_scaled=is_lr_scaled, mode=mode)
     actual = result.optim.learning_rate
     at_rank_16 = params.get(AT_RANK_16, actual / _factor(result.lora.rank, is_lr_scaled))
     return float(at_rank_16), actual
@@ -389,6 +418,12 @@ def warnings_for(space: Space, recipe: TrainRecipe) -> list[str]:
             "the rule learning_rate = at_rank_16 * sqrt(16 / rank) is for alpha = rank and "
             "variant lora, which this search does not keep; "
             "scale_learning_rate: false in an inline space turns it off"
+        )
+    if other := [path for path in dimensions if path in _CHANGE_WHAT_IS_SCORED]:
+        warnings.append(
+            f"{', '.join(other)}: trials are then scored on other tokens of the held-out examples, "
+            "so their losses are not losses of the same thing; compare them by exact_match or "
+            "rouge_l"
         )
     return warnings
 

@@ -1,4 +1,4 @@
-"""A trial as Ray Tune sees it: a thin process that sits on a bench and asks it to train.
+"""A trial as Ray Tune sees it, and the packed one: a process that asks a bench to train.
 
 Everything that a trial learns is in its own directory, committed at every report, so what Tune
 keeps as its checkpoint is only a note of where that is. This module imports no torch: a search
@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -20,8 +20,11 @@ from ray.tune import Trainable
 
 from cluster import config, storage
 from cluster.errors import ClusterError, LorayError
-from training.config import TrainRecipe
-from tune_spaces import spaces
+from training.config import EvaluationConfig, TrainRecipe
+from training.schedule import warmup_steps
+from tune_spaces import guards, spaces
+from tune_spaces.guards import Guards, Report
+from tune_spaces.spaces import Mode
 
 T = TypeVar("T")
 
@@ -32,17 +35,18 @@ GONE = (RayActorError, ActorUnschedulableError)
 Actor: TypeAlias = Any
 """A Ray handle of a BenchActor, whose methods Ray makes at run time."""
 
-_NOTE = "seat.json"
+NOTE = "seat.json"
+"""In Tune's checkpoint of a trial: where the trial's own are."""
 _BENCH = "bench"
 """In a trial's directory: the bench that it sat on last."""
+_REPORTS = "reports.json"
+"""In a trial's directory: what its guards have seen so far."""
 _SEAT_TIMEOUT_S = 600.0
 """How long a trial waits while no bench answers at all."""
 _SEAT_POLL_S = 0.2
 _CALL_TIMEOUT_S = 24 * 3600.0
 _MAX_REQUEUES = 3
 _JOIN_AGAIN = ("seat_shed", "no_seat")
-_DIVERGED = 1.5
-"""Times the bare base's loss."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,17 +70,139 @@ class Spec:
     """Supervised tokens of an example, on average."""
     base_loss: float | None
     """Of the bare base, on the evaluation data."""
+    mode: Mode = "packed"
+    """Of the search."""
+    seats: int = 1
+    """Trials at once."""
+    guards: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of a Guards."""
 
 
 def recipe_of(spec: Spec, trial: str, params: Mapping[str, Any]) -> TrainRecipe:
     """A trial's own recipe, whose schedule ends at the budget."""
     shared = config.build(TrainRecipe, spec.recipe, where="search")
-    recipe = spaces.recipe_for(shared, params, is_lr_scaled=spec.is_lr_scaled)
+    recipe = spaces.recipe_for(shared, params, is_lr_scaled=spec.is_lr_scaled, mode=spec.mode)
+    per_example = spec.tokens_per_example
+    if _has_own_data(params):
+        from training import run
+
+        per_example = run.tokens_per_example(recipe)
+    a_step = per_example * recipe.optim.global_batch_size
     if spec.budget is not None:
-        a_step = spec.tokens_per_example * recipe.optim.global_batch_size
         steps = max(2, round(spec.budget / a_step))
         recipe = replace(recipe, optim=replace(recipe.optim, max_steps=steps))
+    if spec.mode == "solo":
+        recipe = _reporting(
+            recipe, spec.metric, steps=max(1, math.ceil(spec.report_every / a_step))
+        )
     return replace(recipe, name=trial, storage=spec.directory)
+
+
+def _has_own_data(params: Mapping[str, Any]) -> bool:
+    """Whether a trial's examples, as tokens, are not those that the search counted."""
+    return any(path.startswith(("data.", "model.")) for path in params)
+
+
+def _reporting(recipe: TrainRecipe, metric: str, *, steps: int) -> TrainRecipe:
+    """An ordinary run that reports every `steps`, and whose adapter is what it reported last."""
+    generated = () if metric.endswith("_loss") else (metric,)
+    settings = {
+        "every_steps": steps if recipe.data.eval else None,
+        "metrics": ("loss", *generated),
+        "metrics_during_run": bool(generated),
+        "best": "last",
+    }
+    evaluation = config.build(EvaluationConfig, settings, where="search")
+    kept = replace(recipe.checkpoint, every_steps=steps)
+    return replace(recipe, evaluation=evaluation, checkpoint=kept)
+
+
+class Trial(Trainable):
+    """What a trial is in either mode: its recipe, its directory, and how its results look."""
+
+    _where = ""
+    """The bench that it sits on, or `solo`."""
+    _tokens = 0
+    """Supervised tokens that it has reported."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Begin. config: `spec`, the file of the Spec, and `params`, which were chosen."""
+        self._spec = Spec(**json.loads(Path(config["spec"]).read_text(encoding="utf-8")))
+        self._begin(config)
+
+    def _begin(self, config: Mapping[str, Any]) -> None:
+        self._name = str(self.trial_id)
+        self._params = dict(config["params"])
+        self._recipe = recipe_of(self._spec, self._name, self._params)
+        self._run_dir = Path(self._spec.directory) / self._name
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+
+    def _write_note(self, directory: str, **also: int) -> None:
+        note = {"trial": self._name, "run_dir": str(self._run_dir), **also}
+        (Path(directory) / NOTE).write_text(json.dumps(note), encoding="utf-8")
+
+    def _result(self, progress: Mapping[str, Any]) -> dict[str, Any]:
+        """A report as Tune gets it, with what the guards say to it."""
+        result = {**progress, **self._about(), "reason": "", "done": progress["is_finished"]}
+        metric = self._spec.metric
+        report = Report(
+            step=result["step"],
+            tokens=self._tokens,
+            train_loss=result["train_loss"],
+            eval_loss=result["eval_loss"],
+            value=result[metric],
+        )
+        verdict = guards.judge(
+            Guards(**self._spec.guards),
+            self._history(report),
+            metric=metric,
+            warmup_steps=warmup_steps(self._recipe.optim, result["num_steps"]),
+            base_loss=None if _has_own_data(self._params) else self._spec.base_loss,
+        )
+        if verdict is None or (verdict.kept is not None and result["is_finished"]):
+            return result
+        kept = verdict.kept
+        result |= {"reason": verdict.reason, "done": True, "is_finished": kept is not None}
+        if kept is not None:
+            self._go_back(kept.step)
+            result |= {metric: kept.value, "measured": report.value, "kept_step": kept.step}
+        return result
+
+    def _history(self, report: Report) -> list[Report]:
+        """What the guards judge by; one report alone can only be a divergence."""
+        return [report]
+
+    def _go_back(self, step: int) -> None:
+        """Make a report of this trial's past its last."""
+        raise NotImplementedError("a trial without a history has no past")
+
+    def _ended(self, reason: str) -> dict[str, Any]:
+        """The last result of a trial that cannot go on."""
+        return {
+            **self._about(),
+            self._spec.metric: math.nan,
+            "supervised_tokens": self._tokens,
+            "train_loss": math.nan,
+            "eval_loss": math.nan,
+            "train_s": 0.0,
+            "is_finished": False,
+            "reason": reason,
+            "done": True,
+        }
+
+    def _about(self) -> dict[str, Any]:
+        at_16, actual = spaces.learning_rates(
+            config.build(TrainRecipe, self._spec.recipe, where="search"),
+            self._params,
+            is_lr_scaled=self._spec.is_lr_scaled,
+            mode=self._spec.mode,
+        )
+        return {
+            "rank": self._recipe.lora.rank,
+            "learning_rate": actual,
+            "learning_rate_at_rank_16": at_16,
+            "bench": self._where,
+        }
 
 
 class _Room(NamedTuple):
@@ -87,20 +213,15 @@ class _Room(NamedTuple):
     """In all."""
 
 
-class SeatTrial(Trainable):
-    """One trial: `step` trains up to the next report."""
+class SeatTrial(Trial):
+    """A trial on a bench: `step` trains up to the next report."""
 
     _bench: Actor
-
-    def setup(self, config: dict[str, Any]) -> None:
-        """Take a seat. config: `spec`, the file of the Spec, and `params`, which were chosen."""
-        self._spec = Spec(**json.loads(Path(config["spec"]).read_text(encoding="utf-8")))
-        self._sit(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Tune hands this process to another trial."""
         self._leave()
-        self._sit(new_config)
+        self._begin(new_config)
         return True
 
     def step(self) -> dict[str, Any]:
@@ -116,12 +237,11 @@ class SeatTrial(Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Note where the trial's own checkpoints are."""
-        note = {"trial": self._name, "run_dir": str(self._run_dir), "tokens": self._reported}
-        (Path(checkpoint_dir) / _NOTE).write_text(json.dumps(note), encoding="utf-8")
+        self._write_note(checkpoint_dir, tokens=self._reported)
 
     def load_checkpoint(self, checkpoint: str | dict[str, Any] | None) -> None:
         """Go on from a note; another trial's (PBT) is copied over this trial's own."""
-        note = json.loads((Path(str(checkpoint)) / _NOTE).read_text(encoding="utf-8"))
+        note = json.loads((Path(str(checkpoint)) / NOTE).read_text(encoding="utf-8"))
         if note["trial"] == self._name:  # its seat may be one report ahead, which Tune never got
             self._reported = note.get("tokens", self._tokens)
             return
@@ -129,6 +249,7 @@ class SeatTrial(Trainable):
         def adopt() -> None:
             self._leave()
             self._call("adopt", note["run_dir"], str(self._run_dir))
+            self._keep_reports([])  # they are of weights that are gone
             self._take_seat()
 
         self._seated(adopt)
@@ -138,12 +259,8 @@ class SeatTrial(Trainable):
         """Give the seat back."""
         self._leave()
 
-    def _sit(self, config: Mapping[str, Any]) -> None:
-        self._name = str(self.trial_id)
-        self._params = dict(config["params"])
-        self._recipe = recipe_of(self._spec, self._name, self._params)
-        self._run_dir = Path(self._spec.directory) / self._name
-        self._run_dir.mkdir(parents=True, exist_ok=True)
+    def _begin(self, config: Mapping[str, Any]) -> None:
+        super()._begin(config)
         self._reported = 0
         self._take_seat()
 
@@ -222,6 +339,7 @@ class SeatTrial(Trainable):
             return False
         self._bench, (self._tokens, self._attempt) = bench, seat
         self._where = name
+        self._reports = self._kept_reports()
         storage.write_file(kept, name.encode())
         return True
 
@@ -232,47 +350,35 @@ class SeatTrial(Trainable):
         if progress["is_finished"]:
             self._call("export", self._name)
         else:
-            self._call("save", self._name)
-        result = {**progress, **self._about()}
+            best = guards.best(self._reports, guards.mode_of(self._spec.metric))
+            self._call("save", self._name, best.step if best is not None else None)
         metric = self._spec.metric
         if metric not in ("eval_loss", "train_loss"):
             scores = self._call("scores", [self._name], metric, None)[self._name]["values"]
-            result[metric] = sum(scores) / len(scores)
-        base, loss = self._spec.base_loss, progress["eval_loss"]
-        reason = ""
-        if base is not None and loss is not None and loss > _DIVERGED * base:
-            reason = f"diverged: eval loss {loss:.3f}, the base model's is {base:.3f}"
-        result |= {"reason": reason, "done": progress["is_finished"] or bool(reason)}
-        result["is_finished"] = progress["is_finished"] and not reason
+            progress[metric] = sum(scores) / len(scores)
+        result = self._result(progress)
         self._reported = self._tokens
         return result
 
-    def _ended(self, reason: str) -> dict[str, Any]:
-        """The last result of a trial that cannot go on."""
-        return {
-            **self._about(),
-            self._spec.metric: math.nan,
-            "supervised_tokens": self._tokens,
-            "train_loss": math.nan,
-            "eval_loss": math.nan,
-            "train_s": 0.0,
-            "is_finished": False,
-            "reason": reason,
-            "done": True,
-        }
+    def _history(self, report: Report) -> list[Report]:
+        """All its reports; they are on disk, for a process that takes the trial over."""
+        earlier = [one for one in self._reports if one.tokens < report.tokens]
+        self._keep_reports([*earlier, report])
+        return self._reports
 
-    def _about(self) -> dict[str, Any]:
-        at_16, actual = spaces.learning_rates(
-            config.build(TrainRecipe, self._spec.recipe, where="search"),
-            self._params,
-            is_lr_scaled=self._spec.is_lr_scaled,
-        )
-        return {
-            "rank": self._recipe.lora.rank,
-            "learning_rate": actual,
-            "learning_rate_at_rank_16": at_16,
-            "bench": self._where,
-        }
+    def _go_back(self, step: int) -> None:
+        self._call("rewind", self._name, step)
+
+    def _kept_reports(self) -> list[Report]:
+        """Up to the checkpoint that the trial goes on from; what is lost comes again."""
+        path = self._run_dir / _REPORTS
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        return [Report(**row) for row in rows if row["tokens"] <= self._tokens]
+
+    def _keep_reports(self, reports: Sequence[Report]) -> None:
+        self._reports = list(reports)
+        rows = [asdict(report) for report in reports]
+        storage.write_file(self._run_dir / _REPORTS, json.dumps(rows).encode())
 
     def _leave(self) -> None:
         try:

@@ -116,9 +116,9 @@ class _View:
         event = self.rows[name]
         if name in self.failed:
             return "failed"
-        if name in self.stopped or event.text("reason"):
-            return "stopped"
-        return "finished" if event.fields["is_finished"] else "running"
+        if event.fields["is_finished"]:
+            return "finished"
+        return "stopped" if name in self.stopped or event.text("reason") else "running"
 
     def _done(self, name: str) -> float:
         if self._state(name) != "running":
