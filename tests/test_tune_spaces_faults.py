@@ -27,7 +27,7 @@ SETTINGS: dict[str, Any] = {
         "optim.learning_rate_at_rank_16": {"log_uniform": [3e-4, 3e-3]},
     },
     "optim": {"max_steps": 32, "global_batch_size": 4},
-    "search": {"scheduler": "fifo", "trials": 4, "seats": 2, "fill_window_s": 0, "test": None},
+    "search": {"scheduler": "fifo", "trials": 4, "seats": 2, "fill_window_s": 40, "test": None},
 }
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sqlite3
+import time
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -240,6 +241,23 @@ def test_trials_that_all_diverge_end_the_search_with_the_reason(
     assert (tmp_path / "runs" / "found" / "report.html").exists()
 
 
+@pytest.mark.ray
+def test_a_time_limit_ends_a_search_and_says_so(tmp_path: Path, tiny_base: Path) -> None:
+    search = {"scheduler": "fifo", "trials": 2, "budget_minutes": 0.5, "report_every_tokens": 40}
+    optim = {"max_steps": 20000, "global_batch_size": 4}
+    path = write_search(tmp_path, tiny_base, search=search, optim=optim)
+    status, _, err = call(["tune_spaces", path.name], tmp_path)
+    assert status == 1
+    assert "no trial finished: " in err
+    directory = tmp_path / "runs" / "found"
+    record = records.read(directory)
+    for trial in record.trials:  # none on a machine so slow that none has reported
+        assert trial.state == "stopped"
+        assert trial.reason == f"at the search's time limit, after {trial.tokens} supervised tokens"
+    assert record.wall_s < 120
+    assert (directory / "report.html").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -269,6 +287,18 @@ def test_bad_input_ends_with_one_message_and_status_1(
     err = capsys.readouterr().err
     assert message in err[err.rindex("error [") :]
     assert "Traceback" not in err
+
+
+def test_the_stages_of_a_search_share_its_time(tmp_path: Path, tiny_base: Path) -> None:
+    from tune_spaces import config, search
+
+    path = write_search(tmp_path, tiny_base)
+    unlimited, limited = config.load(path), config.load(path, ["search.budget_minutes=2"])
+    assert search._in_time(unlimited, 0.0) is unlimited
+    left = search._in_time(limited, time.perf_counter() - 90).search.budget_minutes
+    assert left == pytest.approx(0.5, abs=0.1)
+    left = search._in_time(limited, time.perf_counter() - 900).search.budget_minutes
+    assert left == pytest.approx(0.01)
 
 
 def test_another_search_s_directory_is_refused_with_the_difference(

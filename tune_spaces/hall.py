@@ -23,7 +23,7 @@ from cluster.errors import ClusterError
 from training.config import TrainRecipe
 from training.events import EventReader
 from tune_spaces.actor import CALLERS, BenchActor, occupancy_file
-from tune_spaces.bench import BASE, NoSeat
+from tune_spaces.bench import BASE, NoSeat, SeatShed
 from tune_spaces.capacity import Capacity
 from tune_spaces.trial import GONE, SeatTrial, Trial
 
@@ -268,12 +268,14 @@ class Hall:
         deadline = time.monotonic() + _RESTART_TIMEOUT_S
         living: list[int] = []
         for bench, actor in enumerate(self.actors):
-            while time.monotonic() < deadline:
+            while True:
                 try:
                     ray.get(actor.ready.remote(), timeout=max(1.0, deadline - time.monotonic()))
                 except ray.exceptions.ActorUnschedulableError:
                     break
                 except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+                    if time.monotonic() > deadline:
+                        break
                     time.sleep(_RESTART_POLL_S)
                 except ray.exceptions.RayTaskError as error:
                     log.warning("bench=%s broken=%r", self.names[bench], str(error.cause))
@@ -318,11 +320,11 @@ class Hall:
 
 @contextmanager
 def _surviving(bench: str, method: str) -> Iterator[None]:
-    """Go on after the block where the bench dies in it, or has lost its seats by a restart."""
+    """Go on after the block where the bench dies in it, or seats are lost to it or to memory."""
     try:
         yield
-    except (*GONE, NoSeat) as error:
-        log.warning("bench=%s died=%r method=%s", bench, str(error), method)
+    except (*GONE, NoSeat, SeatShed) as error:
+        log.warning("bench=%s lost=%r method=%s", bench, str(error), method)
 
 
 def _is_trained(recipe: TrainRecipe) -> bool:

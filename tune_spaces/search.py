@@ -51,6 +51,8 @@ _REPORTS = 8
 """Reports of a trial, unless search.report_every_tokens says otherwise."""
 _READY_TIMEOUT_S = 900.0
 _MAX_FAILURES = 3
+_LEAST_MINUTES = 0.01
+"""Of a stage that begins when the search's time is over."""
 _CHANGEABLE = ("storage", "search.budget_minutes", "checkpoint.", "log.")
 """Settings that a resumed search may change."""
 _TUNE_ENVIRONMENT = {
@@ -129,7 +131,8 @@ def _search(
         events.write("started", metric=metric, trials=chosen.search.trials, budget=budget)
         recorder = Recorder(events, read, metric=metric, scheduler=chosen.search.scheduler)
         for number, space in enumerate(chosen.space.stages or (chosen.space,)):
-            _tune(chosen, space, number, directory, hall, spec, budget, best, recorder)
+            timed = _in_time(chosen, started)
+            _tune(timed, space, number, directory, hall, spec, budget, best, recorder)
             leaders = finals.finished(trials.last, mode)
             best = dict(trials.params[leaders[0]]) if leaders else best
     tuned_s = time.perf_counter() - tuning if is_new else None
@@ -151,6 +154,15 @@ def _search(
             f"rates of the space, or raise search.budget_tokens; see {directory / 'report.html'}"
         )
     return _result(directory, record, outcome, hall, started)
+
+
+def _in_time(chosen: Search, started: float) -> Search:
+    """A search whose limit is what is left of its time; started: on time.perf_counter."""
+    minutes = chosen.search.budget_minutes
+    if minutes is None:
+        return chosen
+    left = max(_LEAST_MINUTES, minutes - (time.perf_counter() - started) / 60)
+    return replace(chosen, search=replace(chosen.search, budget_minutes=left))
 
 
 def _open(
