@@ -1,7 +1,6 @@
 """The demo: a 135M model learns to turn a customer's message into a strict JSON ticket.
 
-Trains an 8-bit LoRA adapter through Ray Train at a rate chosen by hand, searches rank and learning
-rate through Ray Tune on one shared 8-bit base, evaluates the untouched base and the winner on
+Trains an 8-bit LoRA adapter through Ray Train, evaluates the untouched base and the adapter on
 held-out rows by generation, merges, proves the merge, and prints what it found and where it lies.
 A second run takes up what the first one left.
 """
@@ -26,12 +25,8 @@ from training import evaluate, examples, merge, run, view
 from training.__main__ import Overrides
 from training.config import TrainRecipe
 from training.evaluate import Estimate, Evaluation
-from tune_spaces import config as search_config
-from tune_spaces import search
-from tune_spaces import view as search_view
 
 RECIPE = Path("training/recipes/tickets.yaml")
-SEARCH = Path("tune_spaces/searches/tickets.yaml")
 METRICS = ("json_valid", "exact_match", "rouge_l")
 MAX_NEW_TOKENS = 64
 console = Console()
@@ -40,15 +35,10 @@ console = Console()
 def demo(overrides: list[str]) -> None:
     """The whole way, from the recipe to the table."""
     started = time.perf_counter()
-    own = [word for word in overrides if word.startswith(("search.", "space"))]
-    shared = [word for word in overrides if word not in own]
-    recipe = config.load(TrainRecipe, RECIPE, shared)
-    chosen = search_config.load(SEARCH, [*shared, *own])
+    recipe = config.load(TrainRecipe, RECIPE, overrides)
     with view.watching(console) as watch:
         result = run.train(recipe, say=say, watch=watch)
-    with search_view.watching(console) as watch:
-        found = search.search(chosen, say=say, watch=watch, resume=is_begun(chosen))
-    adapter = Path(found["search_dir"]) / "best"
+    adapter = Path(result["adapter"])
     before, after = measure(adapter, recipe)
     merged = adapter.parent / "merged"
     if not merged.exists():
@@ -60,11 +50,8 @@ def demo(overrides: list[str]) -> None:
         f"training   {result['steps']} steps, {result['real_tokens']} tokens, "
         f"{result['real_tokens_per_s']:.0f} real tokens/s, "
         f"peak memory {result['peak_rss_bytes'] / 1e9:.1f} GB",
-        f"search     {found['trials']} trials, {found['stopped']} stopped early, "
-        f"{found['wall_s']:.0f} s; the winner: {words(found['best_config'])}",
-        f"recipes    {RECIPE}, {SEARCH}",
+        f"recipe     {RECIPE}",
         f"adapter    {adapter}",
-        f"report     {adapter.parent / 'report.html'}",
         f"merged     {merged}",
         f"parity     logits up to {parity['max_logit']:.0f}; merged against live adapter: "
         f"{parity['max_logit_diff_fp16_base']:.3f} on the fp16 base, "
@@ -77,20 +64,6 @@ def demo(overrides: list[str]) -> None:
         highlight=False,
         soft_wrap=True,
         markup=False,
-    )
-
-
-def is_begun(chosen: search_config.Search) -> bool:
-    """Whether an earlier demo has left something of the search."""
-    return (Path(chosen.recipe.storage) / chosen.recipe.name / "tune-0").exists()
-
-
-def words(params: Mapping[str, object]) -> str:
-    """`rank 16, learning rate at rank 16 0.00151`."""
-    named = {path.partition(".")[2].replace("_", " "): value for path, value in params.items()}
-    return ", ".join(
-        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in named.items()
     )
 
 

@@ -25,6 +25,7 @@ from cluster import config, ownership, session, storage
 from cluster.errors import ConfigError, TrainingError
 from training import run, worker
 from training.config import TrainRecipe
+from training.evaluate import Estimate
 from training.events import EventLog, EventReader
 from tune_spaces import config as search_config
 from tune_spaces import decades, finals, loggers, report, results, spaces
@@ -113,7 +114,7 @@ def _search(
     base = None if metric == "train_loss" else finals.base_estimate(hall, metric, recipe)
     if base is not None:
         say(f"{metric} of the base model: {base.value:.4f} ({base.low:.4f} to {base.high:.4f})")
-    budget, spec = _spec(chosen, recipe, directory, hall)
+    budget, spec = _spec(chosen, recipe, directory, hall, base)
     trials = Trials()
     reader = EventReader(directory / "events.jsonl")
     for event in reader.read():  # of the driver that this one goes on for
@@ -188,7 +189,9 @@ def _open(
     return hall
 
 
-def _spec(chosen: Search, recipe: TrainRecipe, directory: Path, hall: AnyHall) -> tuple[int, Spec]:
+def _spec(
+    chosen: Search, recipe: TrainRecipe, directory: Path, hall: AnyHall, base: Estimate | None
+) -> tuple[int, Spec]:
     """The supervised tokens of a trial, and what trials share, which they read from a file."""
     num_examples, num_supervised = hall.size()
     per_example = num_supervised / num_examples
@@ -210,7 +213,7 @@ def _spec(chosen: Search, recipe: TrainRecipe, directory: Path, hall: AnyHall) -
         report_every=report_every,
         budget=chosen.search.budget_tokens,
         tokens_per_example=per_example,
-        base_loss=hall.base_loss(),
+        base_loss=base.value if base and chosen.search.metric == "eval_loss" else hall.base_loss(),
         mode=chosen.search.mode,
         seats=hall.seats,
         guards=asdict(chosen.search.guards),
