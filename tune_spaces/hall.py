@@ -229,13 +229,7 @@ class Hall:
                 before = taken
             if before and bench not in living:
                 changes.append((when, -before))
-        changes.sort()
-        steps: list[tuple[float, int]] = []
-        taken = 0
-        for when, change in changes:
-            taken += change
-            steps.append((round(when - changes[0][0], 3), taken))
-        return steps
+        return added_up(changes)
 
     def peak_rss_bytes(self) -> int:
         """Largest resident memory of the benches, as of when seats last changed, added up."""
@@ -363,6 +357,15 @@ def _places() -> list[_Place]:
     if not places:
         raise ClusterError("no node of the cluster has a CPU for a bench; start one with CPUs")
     return places
+
+
+def added_up(changes: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
+    """(seconds, seats more or fewer) -> (seconds since the first, seats taken from then on)."""
+    ordered = sorted(changes)
+    taken = itertools.accumulate(change for _, change in ordered)
+    return [
+        (round(when - ordered[0][0], 3), n) for (when, _), n in zip(ordered, taken, strict=True)
+    ]
 
 
 def mean_filled(steps: Sequence[tuple[float, int]]) -> float:

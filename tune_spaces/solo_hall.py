@@ -23,6 +23,7 @@ from training.events import Event, EventReader
 from tune_spaces import solo, spaces
 from tune_spaces.bench import BASE
 from tune_spaces.capacity import Capacity
+from tune_spaces.hall import added_up
 from tune_spaces.solo import LEFT, SEATED, Run, SoloTrial
 from tune_spaces.spaces import Space
 from tune_spaces.trial import Trial
@@ -124,13 +125,7 @@ class SoloHall:
         spans: list[tuple[float, float]] = []
         for path in self.directory.glob("trials/*/events.jsonl"):
             spans += live_spans(EventReader(path).read())
-        changes = sorted([(t, 1) for t, _ in spans] + [(t, -1) for _, t in spans])
-        steps: list[tuple[float, int]] = []
-        live = 0
-        for when, change in changes:
-            live += change
-            steps.append((round(when - changes[0][0], 3), live))
-        return steps
+        return added_up([(t, 1) for t, _ in spans] + [(t, -1) for _, t in spans])
 
     def peak_rss_bytes(self) -> int:
         """Largest resident memory of a run's first worker, for each that ran at once."""
