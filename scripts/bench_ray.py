@@ -1,10 +1,11 @@
 """What Ray Train costs: the same steps through Ray and in a bare process, slice by slice.
 
-usage: python scripts/bench_ray.py [--seconds 180] [--slice 5] [--rows 1]
+usage: python scripts/bench_ray.py [--starts 6] [--seconds 45] [--slice 3] [--rows 1]
 Two processes train the demo model on the same rows over and over. One of them is stopped
 (SIGSTOP, with all its children) while the other works for a slice, in turn, so that both see the
-same machine, whose speed may drift by a tenth within a minute. Start-up is not counted. Prints
-real tokens a second of each, and the ratio with its 95 % interval over the pairs of slices.
+same machine, whose speed may drift by a tenth within a minute. Two processes that run the same code
+may differ by 5 % for as long as they live, so both are started afresh several times. Start-up is
+not counted. Prints real tokens a second of each, and the cost with its 95 % interval over starts.
 """
 
 import argparse
@@ -16,10 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -32,8 +35,9 @@ CONTENDERS = ("bare", "ray")
 def main() -> None:
     """Run both contenders in turn and print the ratio."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=180, help="of training, for each")
-    parser.add_argument("--slice", type=float, default=5, help="seconds until the other has a turn")
+    parser.add_argument("--starts", type=int, default=6, help="of both, at least 2")
+    parser.add_argument("--seconds", type=float, default=45, help="of training, for each start")
+    parser.add_argument("--slice", type=float, default=3, help="seconds until the other has a turn")
     parser.add_argument("--rows", type=int, default=1, help="rows of the demo's data in each step")
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -41,12 +45,17 @@ def main() -> None:
     if options.one:
         train(options.one, options.work)
         return
-    with tempfile.TemporaryDirectory(prefix="loray-bench-") as name:
-        work = Path(name)
-        source = ROOT / "training" / "recipes" / "tickets_train.jsonl"
-        rows = source.read_text(encoding="utf-8").splitlines()[: options.rows]
-        (work / "train.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-        report(compare(work, slices=round(options.seconds / options.slice), slice_s=options.slice))
+    slices = max(1, round(options.seconds / options.slice))
+    speeds: list[dict[str, float]] = []
+    for number in range(max(2, options.starts)):
+        with tempfile.TemporaryDirectory(prefix="loray-bench-") as name:
+            work = Path(name)
+            source = ROOT / "training" / "recipes" / "tickets_train.jsonl"
+            rows = source.read_text(encoding="utf-8").splitlines()[: options.rows]
+            (work / "train.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+            speeds.append(compare(work, slices=slices, slice_s=options.slice))
+        print(f"start {number + 1}: {speeds[-1]}", file=sys.stderr)
+    report(speeds)
 
 
 def train(contender: str, work: Path) -> None:
@@ -82,8 +91,8 @@ def train(contender: str, work: Path) -> None:
     worker.run(recipe, run_dir, workers=Workers(), device=torch.device("cpu"), workers_here=1)
 
 
-def compare(work: Path, *, slices: int, slice_s: float) -> dict[str, list[float]]:
-    """Real tokens a second of each contender in each of its slices."""
+def compare(work: Path, *, slices: int, slice_s: float) -> dict[str, float]:
+    """Real tokens a second of each contender, over its slices."""
     readers = {name: EventReader(work / "runs" / name / "events.jsonl") for name in CONTENDERS}
     processes: dict[str, subprocess.Popen[bytes]] = {}
     speeds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
@@ -102,11 +111,10 @@ def compare(work: Path, *, slices: int, slice_s: float) -> dict[str, list[float]
                 sys.exit(f"no whole step in {slice_s:g} s; give a longer --slice or fewer --rows")
             tokens = sum(step.number("real_tokens") for step in steps)
             speeds[name].append(tokens / sum(step.number("step_s") for step in steps))
-            print(f"{number + 1}/{2 * slices} {name} {speeds[name][-1]:.1f}", file=sys.stderr)
     finally:
         for process in processes.values():
             send(process, signal.SIGKILL)
-    return speeds
+    return {name: statistics.mean(values) for name, values in speeds.items()}
 
 
 def start(name: str, work: Path, reader: EventReader) -> "subprocess.Popen[bytes]":
@@ -136,20 +144,19 @@ def send(process: "subprocess.Popen[bytes]", number: int) -> None:
                 child.send_signal(number)
 
 
-def report(speeds: dict[str, list[float]]) -> None:
+def report(speeds: Sequence[Mapping[str, float]]) -> None:
     """The figures for people, and as JSON on the last line."""
-    bare, ray = (speeds[name] for name in CONTENDERS)
-    losses = [1 - there / here for here, there in zip(bare, ray, strict=True)]
-    middle = statistics.mean(losses)
-    half = 1.96 * statistics.stdev(losses) / len(losses) ** 0.5
-    print(f"bare process {statistics.mean(bare):.1f} real tokens/s")
-    print(f"through Ray  {statistics.mean(ray):.1f} real tokens/s")
-    print(
-        f"Ray costs    {100 * middle:.1f} % (95 % interval {100 * (middle - half):.1f} to "
-        f"{100 * (middle + half):.1f}; median {100 * statistics.median(losses):.1f}; "
-        f"{len(losses)} pairs of slices)"
+    costs = [100 * (1 - start["ray"] / start["bare"]) for start in speeds]
+    low, high = stats.t.interval(
+        0.95, len(costs) - 1, loc=statistics.mean(costs), scale=stats.sem(costs)
     )
-    print(json.dumps({"bare": bare, "ray": ray, "cost": middle}))
+    for name, text in (("bare", "bare process"), ("ray", "through Ray ")):
+        print(f"{text} {statistics.mean(start[name] for start in speeds):.1f} real tokens/s")
+    print(
+        f"Ray costs    {statistics.mean(costs):.1f} % (95 % interval {low:.1f} to {high:.1f}; "
+        f"{len(costs)} starts: {', '.join(f'{cost:.1f}' for cost in costs)})"
+    )
+    print(json.dumps({"starts": list(speeds), "cost_percent": costs}))
 
 
 if __name__ == "__main__":

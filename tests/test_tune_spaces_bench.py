@@ -198,7 +198,7 @@ def test_neighbours_that_diverge_or_leave_harm_nobody(tmp_path: Path, tiny_base:
         [good, wild, leaver],
         lambda turns: bench.leave("leaver") if turns == 3 else None,
     )
-    with pytest.raises(SeatLost, match="gradient norm nan"):  # it broke on its way
+    with pytest.raises(SeatLost, match=r"gradient norm (nan|inf)"):  # it broke on its way
         bench.collect("wild")
     assert_same(good, alone)
 

@@ -66,7 +66,7 @@ def test_seats_that_were_asked_for_are_checked_against_memory(
     assert roomy.seats == 2
     assert not roomy.speeds
     numbers = sum(p.numel() for n, p in bench.trunk.model.named_parameters() if ".base." in n)
-    assert roomy.seat_bytes == 20 * 4 * numbers  # rank 4; the base's own adapter has rank 1
+    assert roomy.seat_bytes == 16 * 4 * numbers  # rank 4; the base's own adapter has rank 1
     few = bench.trunk.memory.activation_bytes + 2.1 * roomy.seat_bytes / 0.6
     monkeypatch.setattr(memory, "free_bytes", lambda _: few)
     assert capacity.find(bench, recipe, 2, most=8, kept=tmp_path / "b.json").fitting == 2

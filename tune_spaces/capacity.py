@@ -26,8 +26,8 @@ _GAIN = 0.05
 _PASSES = 3
 """Passes timed for each number of seats, of which the fastest counts: others may use the device."""
 _EVER = 10**9
-_BYTES_PER_PARAMETER = {"adamw": 20, "adamw_8bit": 14}
-"""Weight, gradient, the value it started from (until it has moved) and Adam's two moments."""
+_BYTES_PER_PARAMETER = {"adamw": 16, "adamw_8bit": 10}
+"""Weight, gradient and Adam's two moments."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
