@@ -47,17 +47,17 @@ def write(directory: Path, base: Path, name: str) -> Path:
     return write_search(directory, base, name, model=model, **SETTINGS)
 
 
-def bench_of(process: "subprocess.Popen[str]") -> psutil.Process:
-    """The living bench of a driver with a private Ray."""
+def actor_of(process: "subprocess.Popen[str]", kind: str) -> psutil.Process:
+    """The living actor of a class, of a driver with a private Ray."""
     found: list[psutil.Process] = []
 
     def find() -> bool:
         for child in psutil.Process(process.pid).children(recursive=True):
             try:
-                is_bench = child.name().startswith("ray::BenchActor")
+                is_it = child.name().startswith(f"ray::{kind}"[:15])
             except psutil.NoSuchProcess:
                 continue
-            if is_bench:
+            if is_it:
                 found.append(child)
         return bool(found)
 
@@ -119,7 +119,7 @@ def test_a_bench_that_is_killed_comes_back_and_every_trial_goes_on_from_its_last
     ]
     for is_time in kills:
         wait_until(is_time, process)
-        os.kill(bench_of(process).pid, signal.SIGKILL)
+        os.kill(actor_of(process, "BenchActor").pid, signal.SIGKILL)
     status, out, err = finish(process)
     assert status == 0, err
     record = records.read(directory)
@@ -129,6 +129,24 @@ def test_a_bench_that_is_killed_comes_back_and_every_trial_goes_on_from_its_last
         assert_same_reports(found[params], rows)
     assert max(taken for _, taken in record.seats_filled) <= 2
     assert result_of(out)["peak_rss_bytes"] > 0
+
+
+@pytest.mark.ray
+@pytest.mark.chaos
+def test_the_process_of_all_trials_is_killed_and_they_go_on_from_their_last_reports(
+    tmp_path: Path, tiny_base: Path, whole: Path
+) -> None:
+    path = write(tmp_path, tiny_base, "orphaned")
+    directory = tmp_path / "runs" / "orphaned"
+    process = start(["tune_spaces", path.name], tmp_path)
+    for saved in (1, 5):
+        wait_until(
+            lambda: len(list(directory.glob("trials/*/checkpoints/step-*"))) >= saved, process
+        )
+        os.kill(actor_of(process, "TrialHost").pid, signal.SIGKILL)
+    status, _, err = finish(process)
+    assert status == 0, err
+    assert_same(records.read(directory), records.read(whole))
 
 
 @pytest.mark.ray

@@ -8,13 +8,12 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from rouge_score.rouge_scorer import RougeScorer
 from scipy import stats
 from transformers import PreTrainedModel
 
@@ -25,6 +24,9 @@ from training import generation, objective, packing, special_ids
 from training.examples import Example
 from training.model import Base
 from training.tokens import Encoder
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 Metric: TypeAlias = Literal["loss", "exact_match", "json_valid", "rouge_l"]
 METRICS: tuple[Metric, ...] = ("loss", "exact_match", "json_valid", "rouge_l")
@@ -270,5 +272,7 @@ class _Words:
         return re.findall(r"\w+", text.lower())
 
 
-def _rouge() -> RougeScorer:
+def _rouge() -> "RougeScorer":
+    from rouge_score.rouge_scorer import RougeScorer  # 85 MB and a second, for answers alone
+
     return RougeScorer(["rougeL"], tokenizer=cast(Any, _Words()))

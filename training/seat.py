@@ -300,18 +300,32 @@ def eval_loss(
 ) -> float:
     """Mean loss of a supervised token of `examples` under an adapter, over all workers."""
     workers = workers or Workers()
-    totals = torch.zeros(2, dtype=torch.float64, device=trunk.base.device)
     mine = share(examples, workers.rank, workers.size)
-    trunk.model.eval()
-    for batch in layout(trunk, mine):
-        piece = Piece(batch=batch, keys=[()] * len(mine))
-        spans = _spans(piece, adapter, batch.input_ids_BL.shape[1], 0)
-        with torch.no_grad(), trunk.router.use(spans), trunk.base.autocast():
-            totals[0] += trunk.objective.losses(batch).sum().item()
-        totals[1] += batch.num_supervised_tokens
-    trunk.model.train()
+    sums, counts = example_losses(trunk, mine, adapter=adapter)
+    totals = torch.tensor([math.fsum(sums), float(sum(counts))], dtype=torch.float64)
+    totals = totals.to(trunk.base.device)
     workers.sum_([totals])
     return float(totals[0] / totals[1])
+
+
+def example_losses(
+    trunk: Trunk, examples: Sequence[Encoded], *, adapter: str = ADAPTER
+) -> tuple[list[float], list[int]]:
+    """For each example, the sum of its tokens' cross entropies and the number of those tokens."""
+    sums = [0.0] * len(examples)
+    counts = [example.num_supervised for example in examples]
+    trunk.model.eval()
+    for batch in layout(trunk, examples):
+        piece = Piece(batch=batch, keys=[()] * len(examples))
+        spans = _spans(piece, adapter, batch.input_ids_BL.shape[1], 0)
+        with torch.no_grad(), trunk.router.use(spans), trunk.base.autocast():
+            loss_N = trunk.objective.losses(batch)
+        numbers = [segment.example for segment in batch.segments]
+        parts = loss_N.double().split([counts[number] for number in numbers])
+        for number, part_N in zip(numbers, parts, strict=True):
+            sums[number] = part_N.sum().item()
+    trunk.model.train()
+    return sums, counts
 
 
 def layout(trunk: Trunk, examples: Sequence[Encoded]) -> list[MicroBatch]:

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -22,6 +22,7 @@ from cluster import config
 from cluster.errors import ClusterError
 from training.config import TrainRecipe
 from training.events import EventReader
+from tune_spaces import host
 from tune_spaces.actor import CALLERS, BenchActor, occupancy_file
 from tune_spaces.bench import BASE, NoSeat, SeatShed
 from tune_spaces.capacity import Capacity
@@ -59,8 +60,7 @@ class AnyHall(Protocol):
     def trainable(self) -> type[Trial]: ...
     @property
     def trial_resources(self) -> Mapping[str, float]: ...
-    @property
-    def reuses_processes(self) -> bool: ...
+    def hosting(self) -> AbstractContextManager[None]: ...
     def size(self) -> tuple[int, int]: ...
     def base_loss(self) -> float | None: ...
     def scores(
@@ -85,8 +85,7 @@ class Hall:
     """Where benches keep their occupancy."""
     trainable: type[Trial] = SeatTrial
     trial_resources: Mapping[str, float] = field(default_factory=lambda: {"cpu": _TRIAL_CPUS})
-    """Of the process of a trial, which only asks."""
-    reuses_processes: bool = True
+    """Of a trial, which only asks."""
 
     @classmethod
     def open(
@@ -159,6 +158,10 @@ class Hall:
     def seats(self) -> int:
         """Of all benches together."""
         return sum(each.seats for each in self.capacities)
+
+    def hosting(self) -> AbstractContextManager[None]:
+        """Where Tune runs the block: its trials share a process, which ends with the block."""
+        return host.one_process(self.seats)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """What a method of the first living bench returns or raises; asked again where it dies.

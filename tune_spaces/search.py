@@ -275,7 +275,7 @@ def _tune(
                     ),
                     num_samples=count,
                     max_concurrent_trials=hall.seats,
-                    reuse_actors=hall.reuses_processes,
+                    reuse_actors=False,  # a trial that is gone leaves nothing behind
                     time_budget_s=minutes * 60 if minutes else None,
                 ),
                 run_config=RunConfig(
@@ -286,7 +286,8 @@ def _tune(
                     checkpoint_config=CheckpointConfig(checkpoint_frequency=1),
                 ),
             )
-        tuner.fit()
+        with hall.hosting():
+            tuner.fit()
         searcher, _ = make_searcher(chosen.search, space, directory=directory, fixed=fixed)
         if isinstance(searcher, OptunaSearcher):
             searcher.close()  # at a time limit Tune (2.60) does not tell it who was stopped

@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, cast
@@ -56,8 +57,6 @@ class SoloHall:
     trial_resources: Mapping[str, float] = field(
         default_factory=lambda: {"cpu": 0, "memory": _MEMORY_BYTES}
     )
-    reuses_processes: bool = False
-    """A process that ends takes whatever is left of its run with it."""
     _base: dict[tuple[str, str | None], Scores] = field(default_factory=dict)
 
     @classmethod
@@ -78,6 +77,10 @@ class SoloHall:
         wanted = None if wanted is None else min(wanted, trials)
         seats = min(solo.runs_at_once(s, there, wanted) for s in _scales(recipe, space))
         return cls(recipe=recipe, directory=directory, seats=min(seats, trials), nodes=there)
+
+    def hosting(self) -> AbstractContextManager[None]:
+        """A process for each trial, which takes with it whatever is left of its run."""
+        return nullcontext()
 
     def size(self) -> tuple[int, int]:
         """Training examples, and their supervised tokens; of a stream, its first rows."""

@@ -218,12 +218,6 @@ class SeatTrial(Trial):
 
     _bench: Actor
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Tune hands this process to another trial."""
-        self._leave()
-        self._begin(new_config)
-        return True
-
     def step(self) -> dict[str, Any]:
         """Train to the next report, commit, and say where the trial stands."""
         try:
