@@ -1,7 +1,7 @@
 """Strict YAML or JSON -> frozen dataclasses; `section.field=value` overrides; JSON Schema.
 
 Sections are frozen keyword-only dataclasses. A field's type is one of: bool, int, float, str,
-None, a Literal, a tuple of those, another section, or a union. Nothing is coerced silently
+None, a Literal, a tuple of those or of sections, a section, or a union. Nothing is coerced silently
 except an int given where a float is asked, and numbers like `3e-4`, which YAML 1.1 reads as text.
 """
 
@@ -166,6 +166,13 @@ def _known(key: str, valid: list[str], where: str, noun: str) -> None:
 def _value(kind: Any, raw: object, where: str, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _section(typing.cast(type, kind), raw, where, f"{path}.")
+    if typing.get_origin(kind) is tuple and dataclasses.is_dataclass(typing.get_args(kind)[0]):
+        section = typing.cast(type, typing.get_args(kind)[0])
+        if not isinstance(raw, list | tuple):
+            raise ConfigError(f"{where}: {path} is {_kind(raw)}; allowed: a list of mappings")
+        return tuple(
+            _section(section, item, where, f"{path}[{number}].") for number, item in enumerate(raw)
+        )
     for option in _options(kind):
         found, value = _match(option, raw)
         if found:

@@ -140,9 +140,11 @@ def test_the_process_of_all_trials_is_killed_and_they_go_on_from_their_last_repo
     directory = tmp_path / "runs" / "orphaned"
     process = start(["tune_spaces", path.name], tmp_path)
     for saved in (1, 5):
-        wait_until(
-            lambda: len(list(directory.glob("trials/*/checkpoints/step-*"))) >= saved, process
-        )
+
+        def is_time(saved: int = saved) -> bool:
+            return len(list(directory.glob("trials/*/checkpoints/step-*"))) >= saved
+
+        wait_until(is_time, process)
         os.kill(actor_of(process, "TrialHost").pid, signal.SIGKILL)
     status, _, err = finish(process)
     assert status == 0, err

@@ -183,7 +183,7 @@ def attach(
     config = read_config(directory)
     wrapped = base_model if isinstance(base_model, PeftModel) else None
     base = wrapped.get_base_model() if wrapped is not None else base_model
-    _check_fits(config, base)
+    check_fits(config, base)
     tensors = read_tensors(config, allow_untrained=allow_untrained)
     settings = _peft_config(config, getattr(base, "name_or_path", None))
     with warnings.catch_warnings():
@@ -276,6 +276,19 @@ def check_base(directory: Path, fingerprint: str, name: str, *, is_chosen: bool)
     _log.warning("other_base=%s adapter=%s", name, directory)
 
 
+def check_tokenizer(directory: Path, fingerprint: str) -> None:
+    """Compare a tokenizer's fingerprint with the one in the adapter's manifest, where it has one.
+
+    Raises AdapterError: other ids for the same text make an adapter babble.
+    """
+    trained_with = _info(directory).get("tokenizer_fingerprint")
+    if trained_with not in (None, fingerprint):
+        raise AdapterError(
+            f"{directory}: it was trained with another tokenizer or chat template than this base "
+            "has; restore them beside the base, or train it again"
+        )
+
+
 def _info(directory: Path) -> Mapping[str, Any]:
     """What our manifest says of the adapter; nothing for an adapter of another origin.
 
@@ -307,7 +320,8 @@ def _peft_config(config: AdapterConfig, base: str | None) -> peft.LoraConfig:
     )
 
 
-def _check_fits(config: AdapterConfig, base: nn.Module) -> None:
+def check_fits(config: AdapterConfig, base: nn.Module) -> None:
+    """Raises AdapterError where a layer of the adapter is not in `base`, or has other features."""
     # In a PeftModel the linear layers that carry adapters are called `<name>.base_layer`.
     modules = {n.removesuffix(".base_layer"): m for n, m in base.named_modules()}
     for name, layer in config.layers.items():

@@ -12,7 +12,8 @@ What is not covered: DoRA, whose layers keep PEFT's forward.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -22,6 +23,9 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
+
+_FEW_TOKENS = 64
+"""Up to which the calls that are saved weigh more than the products that are masked out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,17 +39,31 @@ class Span:
     """What the example's dropout stream is keyed by, beside the layer: (seed, step, example)."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Factors:
+    """What an adapter adds to one linear layer: `scaling * (x @ A.T) @ B.T`."""
+
+    A_RI: Tensor
+    B_OR: Tensor
+    scaling: float
+
+
 class Router:
     """Which adapter each token goes to, shared by a model's LoRA layers; else the active one."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_frozen: bool = False) -> None:
+        """is_frozen: weights of a name never change; layers may keep what they made of them."""
+        self.is_frozen = is_frozen
         self.spans: tuple[Span, ...] | None = None
         self.rows: tuple[str, ...] | None = None
+        self._groups: list[tuple[str, int, int]] | None = None
+        self._masks: dict[tuple[int, ...], Tensor] = {}
 
     @contextmanager
     def use(self, spans: tuple[Span, ...]) -> Iterator[None]:
         """Route by `spans` inside the block, backward included (checkpointing recomputes there)."""
         self.spans = spans
+        self._groups = None
         try:
             yield
         finally:
@@ -55,10 +73,35 @@ class Router:
     def by_row(self, adapters: Sequence[str]) -> Iterator[None]:
         """Route row i of every batch inside the block to adapters[i]; one name takes all rows."""
         self.rows = tuple(adapters)
+        self._groups = None
+        self._masks.clear()
         try:
             yield
         finally:
             self.rows = None
+
+    def groups(self, tokens: int) -> list[tuple[str, int, int]] | None:
+        """Runs (adapter, start, stop) of one adapter's tokens, of `tokens` in all; None: unrouted.
+
+        Inside a block all forward passes are over the same number of tokens, or of one row each.
+        """
+        if self.spans is None and self.rows is None:
+            return None
+        if self._groups is None or (self.rows is not None and self._groups[-1][2] != tokens):
+            self._masks.clear()
+            spans = self.spans or _of_rows(self.rows or (), tokens // len(self.rows or (1,)))
+            self._groups = _merge_neighbours(spans)
+        return self._groups
+
+    def mask(self, stack: "_Stack", groups: list[tuple[str, int, int]], like_TS: Tensor) -> Tensor:
+        """(T, S) ones where a token's adapter owns the hidden feature, shared by like layers."""
+        mask_TS = self._masks.get(stack.key)
+        if mask_TS is None:
+            mask_TS = torch.zeros_like(like_TS)
+            for name, start, stop in groups:
+                mask_TS[start:stop, stack.columns[name]] = 1
+            self._masks[stack.key] = mask_TS
+        return mask_TS
 
 
 def attach(model: PeftModel, router: Router) -> None:
@@ -85,22 +128,86 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     x = x.to(out.dtype)  # under autocast the base has computed in half precision
     router: Router = layer._loray_router
     tokens = x.numel() // x.shape[-1]
-    if router.spans is not None:
-        groups = _merge_neighbours(router.spans)
-        x = _drop(layer, x, router.spans)
-    elif router.rows is not None:
-        groups = _merge_neighbours(_of_rows(router.rows, tokens // len(router.rows)))
-    else:
+    groups = router.groups(tokens)
+    if groups is None:
         groups = [(name, 0, tokens) for name in layer.active_adapters]
+    if router.spans is not None:
+        x = _drop(layer, x, router.spans)
     groups = [group for group in groups if group[0] in names]
     if not groups:
         return out
+    if router.is_frozen and len(groups) > 1 and tokens <= _FEW_TOKENS:
+        return _add_stacked(layer, out, x, groups)
     weights: list[Tensor] = []
     for name, _, _ in groups:
         weights += [layer.lora_A[name].weight, layer.lora_B[name].weight]
     plan = [(start, stop, layer.scaling[name]) for name, start, stop in groups]
     routed: Any = _RoutedDelta.apply(out, x, plan, *weights)
     return routed
+
+
+class _Stack:
+    """The factors of several adapters of one layer as one pair; S is the sum of their ranks."""
+
+    def __init__(self, layer: Any, names: tuple[str, ...], dtype: torch.dtype) -> None:
+        self.names = names
+        factors = [(layer.lora_A[name].weight, layer.lora_B[name].weight) for name in names]
+        self.A_IS = torch.cat([A_RI for A_RI, _ in factors]).to(dtype).t()
+        scaled = [B * layer.scaling[n] for n, (_, B) in zip(names, factors, strict=True)]
+        self.B_SO = torch.cat(scaled, dim=1).to(dtype).t()
+        ranks = tuple(len(A_RI) for A_RI, _ in factors)
+        stops = list(itertools.accumulate(ranks))
+        self.columns = {
+            name: slice(stop - rank, stop)
+            for name, rank, stop in zip(names, ranks, stops, strict=True)
+        }
+        self.key = (*map(hash, names), *ranks)
+
+
+def _add_stacked(layer: Any, out: Tensor, x: Tensor, groups: list[tuple[str, int, int]]) -> Tensor:
+    """All groups in two products instead of two for each: few tokens of many adapters.
+
+    Every token meets every adapter, and all but its own are masked out in between.
+    """
+    names = tuple(sorted({name for name, _, _ in groups}))
+    stack: _Stack | None = layer.__dict__.get("_loray_stack")
+    if stack is None or stack.names != names:
+        stack = layer._loray_stack = _Stack(layer, names, out.dtype)
+    h_TS = x.reshape(-1, x.shape[-1]) @ stack.A_IS
+    h_TS *= layer._loray_router.mask(stack, groups, h_TS)
+    out.view(-1, out.shape[-1]).addmm_(h_TS, stack.B_SO)
+    return out
+
+
+def hang(model: PeftModel, name: str, factors: Mapping[str, Factors]) -> None:
+    """Give layers of `model`, which `attach` has made ready, one more frozen adapter.
+
+    factors: by the name of the layer in the base. Takes milliseconds, unlike PEFT's `add_adapter`,
+    and touches nothing of the other adapters: peft 0.21's `lora_A`, `lora_B`, `scaling`.
+    """
+    for path, factor in factors.items():
+        layer: Any = model.get_submodule(f"base_model.model.{path}")
+        assert layer.forward.__func__ is _forward, f"{path} is not routed"
+        layer.lora_A[name], layer.lora_B[name] = _frozen(factor.A_RI), _frozen(factor.B_OR)
+        layer.scaling[name] = factor.scaling
+
+
+def take_down(model: PeftModel, name: str) -> None:
+    """Remove an adapter that `hang` has given."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and name in layer.lora_A:
+            own: Any = layer
+            del own.lora_A[name], own.lora_B[name], own.scaling[name]
+            stack: _Stack | None = own.__dict__.get("_loray_stack")
+            if stack is not None and name in stack.names:
+                own._loray_stack = None
+
+
+def _frozen(weight: Tensor) -> torch.nn.Linear:
+    out_features, in_features = weight.shape
+    made = torch.nn.Linear(in_features, out_features, bias=False, device="meta")
+    made.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return made
 
 
 def _merge_neighbours(spans: tuple[Span, ...]) -> list[tuple[str, int, int]]:

@@ -147,12 +147,16 @@ class Encoder:
         if not example.messages:
             raise DataError(f"{example.id}: plain text has no prompt; give messages")
         last = _last_assistant(example.messages)
+        messages = example.messages if last is None else example.messages[:last]
+        return self.next_turn_ids(messages, where=example.id)
+
+    def next_turn_ids(self, messages: tuple[Message, ...], *, where: str) -> list[int]:
+        """What the model is given to go on after `messages`. Raises DataError as `prompt_ids`."""
         try:
-            messages = example.messages if last is None else example.messages[:last]
             text = self._render(messages, True)
             return self._tokenise(text, self._quoted(messages, text, True), ())[0].tolist()
         except _Bad as error:
-            raise DataError(f"{example.id}: {error}") from None
+            raise DataError(f"{where}: {error}") from None
 
     def prompt_ids_of_text(self, user_text: str, system: str | None = None) -> list[int]:
         """What the model is given to answer one user turn. Raises DataError as `prompt_ids`."""
