@@ -1,0 +1,174 @@
+"""ServeRecipe: every word of a serving file, with its unit, its default and its checks."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from cluster import config
+from cluster.errors import ConfigError
+from training.config import ModelConfig
+
+Mode = Literal["auto", "live", "merged"]
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,127}"
+"""Grammar of the names under which models answer."""
+
+
+def require_name(name: str, where: str) -> None:
+    """Raises ConfigError for a name that is not in the grammar or walks about in paths."""
+    if not re.fullmatch(NAME, name) or ".." in name or "//" in name or name.endswith("/"):
+        raise ConfigError(
+            f"{where} is {name[:80]!r}; allowed: 1 to 128 letters, digits and _ . : / -, beginning "
+            "with a letter or digit, without `..` or `//`"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterEntry:
+    """An adapter and the name under which it answers."""
+
+    name: str
+    """What clients give as `model`."""
+    path: str
+    """The adapter's directory."""
+    mode: Mode | None = None
+    """live, merged or auto for this adapter alone; null is the file's mode."""
+
+    def __post_init__(self) -> None:
+        require_name(self.name, "adapters: name")
+        if not self.path.strip():
+            raise ConfigError(f"adapters: {self.name} has an empty path; name a directory")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HttpConfig:
+    """Where the server listens."""
+
+    host: str = "127.0.0.1"
+    """Interface; another than the loopback one needs a keys_file."""
+    port: int = 8000
+    """TCP port."""
+    max_body_bytes: int = 4 << 20
+    """Largest request body."""
+
+    def __post_init__(self) -> None:
+        _in_range("http.port", self.port, 1, 65535)
+        _in_range("http.max_body_bytes", self.max_body_bytes, 1 << 10, 64 << 20)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What a replica takes on at most; its memory follows from these numbers."""
+
+    rows: int = 16
+    """Answers that are decoded at the same time."""
+    context_tokens: int = 8192
+    """Prompt and answer together; the model's own context where that is shorter."""
+    kv_tokens: int = 32768
+    """Tokens of the batch's cache: answers at once times the longest of them."""
+    prefill_tokens: int = 256
+    """Tokens of prompts that go through between two tokens of the answers that run."""
+    prefix_page: int = 16
+    """Tokens of a page of the prefix cache."""
+    prefix_tokens: int = 16384
+    """Tokens of prompts whose keys and values are kept; 0 turns sharing off."""
+    waiting: int = 256
+    """Requests in the queue."""
+    waiting_per_key: int = 128
+    """Requests of one API key in the queue."""
+    waiting_per_model: int = 128
+    """Requests for one model in the queue."""
+    request_s: float = 600.0
+    """Seconds after which an answer ends as it is."""
+    adapters: int = 32
+    """Adapters that are loaded at the same time; those in use stay."""
+    adapter_bytes: int = 2 << 30
+    """Memory of the loaded adapters."""
+    adapter_rank: int = 256
+    """Largest rank of an adapter."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("rows", 1, 1024),
+            ("context_tokens", 16, 1 << 20),
+            ("kv_tokens", 16, 1 << 26),
+            ("prefill_tokens", 16, 1 << 16),
+            ("prefix_page", 1, 1024),
+            ("prefix_tokens", 0, 1 << 24),
+            ("waiting", 1, 1 << 16),
+            ("waiting_per_key", 1, 1 << 16),
+            ("waiting_per_model", 1, 1 << 16),
+            ("request_s", 1, 86400),
+            ("adapters", 1, 4096),
+            ("adapter_bytes", 1 << 20, 1 << 40),
+            ("adapter_rank", 1, 4096),
+        ):
+            _in_range(f"limits.{name}", getattr(self, name), low, high)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeRecipe:
+    """A serving file."""
+
+    model: ModelConfig
+    """The base, which answers under its own name."""
+    mode: Mode = "live"
+    """live: adapters on the base as they are; merged: each folded into a model; auto: measured."""
+    adapters: tuple[AdapterEntry, ...] = ()
+    """Adapters that answer from the start."""
+    adapters_root: str = "runs"
+    """Directory in which adapters that are added over HTTP must lie."""
+    registry: str | None = None
+    """Directory that remembers what is served; null: `.loray/serve` beside the file."""
+    http: HttpConfig = field(default_factory=HttpConfig)
+    limits: Limits = field(default_factory=Limits)
+    keys_file: str | None = None
+    """API keys, as `loray keys` writes them; null: no key is asked, on the loopback only."""
+    replicas: int = 1
+    """Copies of the engine; on several nodes, or GPUs."""
+
+    def __post_init__(self) -> None:
+        _in_range("replicas", self.replicas, 1, 64)
+        require_name(self.model_name, "model.base, as a name,")
+        counts = Counter(entry.name for entry in self.adapters)
+        twice = sorted(name for name, count in counts.items() if count > 1)
+        if twice:
+            raise ConfigError(f"adapters: the name {twice[0]!r} stands twice; give each its own")
+        if self.model_name in counts:
+            raise ConfigError(f"adapters: {self.model_name!r} is the base's name; choose another")
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the base: its hub id or `demo`; a directory goes by its last part."""
+        base = self.model.base
+        return Path(base).name if Path(base).expanduser().is_dir() else base
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> ServeRecipe:
+    """A serving file with overrides applied; its paths are absolute. Raises ConfigError."""
+    recipe = config.load(ServeRecipe, path, list(overrides))
+    keys = recipe.keys_file
+    return replace(
+        recipe,
+        adapters=tuple(replace(a, path=_absolute(a.path)) for a in recipe.adapters),
+        adapters_root=_absolute(recipe.adapters_root),
+        keys_file=_absolute(keys) if keys is not None else None,
+    )
+
+
+def registry_of(recipe: ServeRecipe, path: Path) -> Path:
+    """The directory that remembers what is served; path: of the serving file."""
+    if recipe.registry is not None:
+        return Path(_absolute(recipe.registry))
+    return path.absolute().parent / ".loray" / "serve" / path.stem
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def _in_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r}; allowed: {low} to {high}")
