@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 import typer
 
 from cluster import __version__, command, config
+from serving import admin
+from serving.__main__ import serve
 from training.__main__ import Overrides, Recipe, train
 from training.config import TrainRecipe
 from tune_spaces.__main__ import search
@@ -21,6 +23,9 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(search)
+app.command()(serve)
+app.add_typer(admin.adapters, name="adapters")
+app.add_typer(admin.keys, name="keys")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, the last line.")]
 Adapter = Annotated[str, typer.Argument(help="An adapter directory.", show_default=False)]
@@ -42,11 +47,17 @@ def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def schema(kind: Annotated[Literal["train", "search"], typer.Argument()] = "train") -> None:
-    """Print the JSON Schema of a recipe or a search file, for editors."""
+def schema(
+    kind: Annotated[Literal["train", "search", "serve"], typer.Argument()] = "train",
+) -> None:
+    """Print the JSON Schema of a recipe, a search file or a serving file, for editors."""
+    from serving.config import ServeRecipe
     from tune_spaces import config as search_config
 
-    tree = config.schema(TrainRecipe) if kind == "train" else search_config.schema()
+    if kind == "search":
+        tree = search_config.schema()
+    else:
+        tree = config.schema(TrainRecipe if kind == "train" else ServeRecipe)
     print(json.dumps(tree, indent=2))
 
 

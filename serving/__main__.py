@@ -1,0 +1,62 @@
+"""`python -m serving SERVE.yaml [section.field=value ...]`: the same as `loray serve`."""
+
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster import command
+from cluster.command import say
+from training.__main__ import Address, Overrides
+
+ServeFile = Annotated[
+    Path, typer.Argument(help="A serving file, YAML or JSON.", show_default=False)
+]
+
+
+def serve(file: ServeFile, overrides: Overrides = None, address: Address = None) -> None:
+    """Serve a base model with adapters over HTTP, in the OpenAI API."""
+    from serving import config, keys
+
+    recipe = config.load(file, overrides or ())
+    keys.require_safe_bind(recipe.http.host, recipe.keys_file)
+    directory, root = config.registry_of(recipe, file), Path(recipe.adapters_root)
+    started = time.perf_counter()
+
+    from ray import serve as ray_serve  # seconds that bad usage must not cost
+
+    from cluster import session
+    from serving import app
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with session.connect(address) as ray_session:
+        say(f"{ray_session}; loading {recipe.model.base}")
+        ray_serve.start(
+            proxy_location="EveryNode",
+            http_options={"host": recipe.http.host, "port": recipe.http.port},
+        )
+        try:
+            ray_serve.run(app.build(recipe, directory, root), name="loray", route_prefix="/")
+            url = f"http://{recipe.http.host}:{recipe.http.port}/v1"
+            say(f"serving {recipe.model_name} at {url} after {time.perf_counter() - started:.0f} s")
+            stop.wait()
+            say("stopping: answers that run may end")
+        finally:
+            ray_serve.shutdown()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The door; returns the exit status."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(serve)
+    return command.run(app, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

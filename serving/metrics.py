@@ -1,0 +1,123 @@
+"""What a replica tells Prometheus. The labels are bounded, whatever clients send."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
+
+from serving.engine import Engine
+from serving.problems import of_exception
+from serving.service import Service
+
+_OTHER = "other"
+_MAX_MODELS = 128
+"""Names that have a label of their own."""
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """The counters of one replica, in a registry of their own."""
+
+    def __init__(
+        self, *, known: Sequence[str], clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """known: the models that are served; `observe` adds those that come."""
+        self._known = set(known)
+        self._clock = clock
+        self.registry = CollectorRegistry()
+        r = self.registry
+        self._requests = Counter(
+            "loray_requests", "Requests", ["model", "endpoint", "status"], registry=r
+        )
+        self._request_s = Histogram(
+            "loray_request_seconds", "To the end of a request, or of its first byte for a stream",
+            ["model"], buckets=_SECONDS, registry=r,
+        )  # fmt: skip
+        self._tokens = Counter("loray_tokens", "Tokens", ["model", "kind"], registry=r)
+        self._first_s = Histogram(
+            "loray_time_to_first_token_seconds", "From the request to its first token",
+            ["model"], buckets=_SECONDS, registry=r,
+        )  # fmt: skip
+        self._step_s = Histogram(
+            "loray_inter_token_seconds", "Of an engine's step, which gives each row a token",
+            buckets=_SECONDS, registry=r,
+        )  # fmt: skip
+        self._rows = Histogram("loray_batch_size", "Rows of a step", buckets=_ROWS, registry=r)
+        self._running = Gauge("loray_running", "Answers on their way", registry=r)
+        self._waiting = Gauge("loray_waiting", "Requests in the queue", registry=r)
+        self._kv = Gauge("loray_kv_used_tokens", "Tokens of the batch's cache", registry=r)
+        self._kv_capacity = Gauge("loray_kv_capacity_tokens", "Room for tokens", registry=r)
+        self._prefix = Gauge("loray_prefix_hit_tokens", "Prompt tokens found", registry=r)
+        self._cache = Gauge("loray_adapter_cache", "Events so far", ["event"], registry=r)
+        self._load_s = Histogram(
+            "loray_adapter_load_seconds", "To prove and load an adapter",
+            buckets=_SECONDS, registry=r,
+        )  # fmt: skip
+
+    @contextmanager
+    def request(self, endpoint: str, model: str) -> Iterator[None]:
+        """Count a request, with the status that its exception means."""
+        started, status, label = self._clock(), 200, self._label(model)
+        try:
+            yield
+        except Exception as error:
+            status = of_exception(error)[0]
+            raise
+        finally:
+            self._requests.labels(label, endpoint, str(status)).inc()
+            self._request_s.labels(label).observe(self._clock() - started)
+
+    def first_token(self, model: str, seconds: float) -> None:
+        """A request has got its first token."""
+        self._first_s.labels(self._label(model)).observe(seconds)
+
+    def tokens(self, model: str, prompt: int, completion: int) -> None:
+        """A request has been answered."""
+        label = self._label(model)
+        self._tokens.labels(label, "prompt").inc(prompt)
+        self._tokens.labels(label, "completion").inc(completion)
+
+    def step(self, engine: Engine, seconds: float) -> None:
+        """An engine has made a step; called in its thread."""
+        self._step_s.observe(seconds)
+        self._rows.observe(engine.num_running)
+
+    def observe(self, service: Service) -> None:
+        """Read what a service has to say of itself."""
+        self._known |= set(service.names()[:_MAX_MODELS])
+        engines = {id(s.engine): s.engine for s in (service.base, *service.fixed.values())}
+        self._running.set(sum(engine.num_running for engine in engines.values()))
+        self._waiting.set(sum(len(engine.waiting) for engine in engines.values()))
+        self._kv.set(sum(engine.kv_tokens for engine in engines.values()))
+        self._kv_capacity.set(sum(e.limits.kv_tokens for e in engines.values()))
+        self._prefix.set(sum(engine.prefixes.hits for engine in engines.values()))
+        if service.adapters is not None:
+            events = service.adapters.events
+            for name in ("hits", "misses", "evictions"):
+                self._cache.labels(name).set(getattr(events, name))
+            while events.load_s:
+                self._load_s.observe(events.load_s.pop())
+
+    def render(self) -> tuple[bytes, str]:
+        """The text for Prometheus, and its content type."""
+        return generate_latest(self.registry), CONTENT_TYPE_LATEST
+
+    def snapshot(self) -> Mapping[str, float]:
+        """Every sample by its name and labels, added up over labels."""
+        found: dict[str, float] = {}
+        for family in self.registry.collect():
+            for sample in family.samples:
+                found[sample.name] = found.get(sample.name, 0.0) + sample.value
+        return found
+
+    def _label(self, model: str) -> str:
+        return model if model in self._known else _OTHER

@@ -1,0 +1,79 @@
+"""A served tiny model over a real socket, without Ray."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+import uvicorn
+from local_cluster import free_port
+from openai import OpenAI
+
+from cluster import config
+from serving import inference
+from serving.config import ServeRecipe
+from serving.keys import Keys
+from serving.metrics import Metrics
+from serving.replica import Replica, open_replica
+
+_START_S = 60.0
+
+
+@dataclass
+class Running:
+    """A server that answers."""
+
+    url: str
+    client: OpenAI
+    replica: Replica
+    metrics: Metrics
+
+    def post(self, path: str, body: Any, **options: Any) -> requests.Response:
+        return requests.post(f"{self.url}{path}", json=body, timeout=60, **options)
+
+
+@contextmanager
+def serving(
+    directory: Path, base: Path, *, keys: Path | None = None, **sections: Any
+) -> Iterator[Running]:
+    """Serve a base directory; `sections` of the serving file win over the defaults."""
+    tree = {
+        "model": {"base": str(base), "quantization": "none"},
+        "limits": {
+            "rows": 4, "context_tokens": 512, "kv_tokens": 4096, "prefill_tokens": 64,
+            "prefix_page": 4, "prefix_tokens": 1024, "waiting": 64,
+        },
+        **sections,
+    }  # fmt: skip
+    recipe = config.build(ServeRecipe, tree, where="serve")
+    metrics = Metrics(known=[recipe.model_name])
+    replica = open_replica(recipe, directory / "registry", on_step=metrics.step)
+    app = inference.make_app(
+        replica,
+        root=directory,
+        keys=Keys.load(keys) if keys else None,
+        metrics=metrics,
+        lifespan=lambda _: inference.following(replica),
+    )
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="on"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + _START_S
+        while not server.started:
+            assert thread.is_alive(), "the server ended"
+            assert time.monotonic() < deadline, "the server did not start"
+            time.sleep(0.02)
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+        yield Running(url, client, replica, metrics)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        replica.close()
+        assert not thread.is_alive(), "the server does not end"
