@@ -238,7 +238,7 @@ def peer_trial(config: dict[str, Any]) -> None:
     model.config.use_cache = False
 
     class InOrder(Trainer):
-        def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        def _get_train_sampler(self, train_dataset: object = None) -> SequentialSampler:
             return SequentialSampler(body["train"])
 
     trainer = InOrder(
