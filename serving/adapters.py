@@ -212,6 +212,7 @@ class Adapters:
 
     def _prove(self, directory: Path) -> tuple[AdapterConfig, dict[str, Factors], Encoder]:
         """Everything that can be told without the engine; its factors on the base's device."""
+        leave_the_cores()
         config = adapters.read_config(directory)
         if config.rank > self._limits.adapter_rank:
             raise AdapterError(
@@ -284,3 +285,12 @@ class Adapters:
                 raise ResourceError(
                     f"all {limits.adapters} adapter slots are in use; raise limits.adapters"
                 ) from None
+
+
+def leave_the_cores() -> None:
+    """Have torch compute with one thread wherever this thread calls it.
+
+    Where two threads have teams of OpenMP workers, there are more workers than cores, libgomp no
+    longer lets any of them wait actively, and the engine decodes a third slower, for ever.
+    """
+    torch.set_num_threads(1)

@@ -51,7 +51,7 @@ class Server:
 
 def build(recipe: ServeRecipe, directory: Path, root: Path) -> Application:
     """The application of a serving file."""
-    device = {"num_gpus": 1} if _has_gpu() else {"num_cpus": 1}
+    device = {"num_gpus": 1} if _has_gpu() else {"num_cpus": recipe.num_cpus}
     server: Any = Server
     return server.options(
         num_replicas=recipe.replicas,

@@ -1,5 +1,6 @@
 """ServeRecipe: every word of a serving file, with its unit, its default and its checks."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -128,9 +129,13 @@ class ServeRecipe:
     """API keys, as `loray keys` writes them; null: no key is asked, on the loopback only."""
     replicas: int = 1
     """Copies of the engine; on several nodes, or GPUs."""
+    cpus_per_replica: int | None = None
+    """CPU cores that a replica computes with; null: this machine's, shared out evenly."""
 
     def __post_init__(self) -> None:
         _in_range("replicas", self.replicas, 1, 64)
+        if self.cpus_per_replica is not None:
+            _in_range("cpus_per_replica", self.cpus_per_replica, 1, 1024)
         require_name(self.model_name, "model.base, as a name,")
         counts = Counter(entry.name for entry in self.adapters)
         twice = sorted(name for name, count in counts.items() if count > 1)
@@ -138,6 +143,11 @@ class ServeRecipe:
             raise ConfigError(f"adapters: the name {twice[0]!r} stands twice; give each its own")
         if self.model_name in counts:
             raise ConfigError(f"adapters: {self.model_name!r} is the base's name; choose another")
+
+    @property
+    def num_cpus(self) -> int:
+        """CPU cores of a replica."""
+        return self.cpus_per_replica or max(1, (os.cpu_count() or 1) // self.replicas)
 
     @property
     def model_name(self) -> str:

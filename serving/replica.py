@@ -15,7 +15,7 @@ import torch
 
 from cluster import storage
 from cluster.errors import AdapterError, ConfigError, LorayError, StorageError
-from serving.adapters import Adapters
+from serving.adapters import Adapters, leave_the_cores
 from serving.config import ServeRecipe
 from serving.engine import Engine, Job, Step
 from serving.registry import Entry, Registry
@@ -150,6 +150,7 @@ class Replica:
         return is_faster
 
     def _open_merged(self, name: str, directory: Path) -> Served:
+        leave_the_cores()
         base = self.service.base
         target = self.directory / "merged" / hashlib.sha256(name.encode()).hexdigest()[:16]
         weights = storage.read_manifest(directory).files if _has_manifest(directory) else {}
@@ -167,7 +168,7 @@ class Replica:
         engine = Engine(
             loaded.model, self.recipe.limits, autocast=loaded.autocast, on_step=self.on_step
         )
-        start(engine)
+        start(engine, threads=self.recipe.num_cpus)
         return Served(
             name=name,
             engine=engine,
@@ -190,13 +191,14 @@ def open_replica(
     directory: of the registry, to which the file's adapters are added where it does not know them.
     Raises ModelError for a base that cannot be loaded.
     """
+    leave_the_cores()
     base = models.load_base(recipe.model, device=_device())
     model, router = models.attach_lora(base, LoraConfig(rank=1), seed=0, adapter="base")
     router.is_frozen = True
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     engine = Engine(model, recipe.limits, router=router, autocast=base.autocast, on_step=on_step)
-    start(engine)
+    start(engine, threads=recipe.num_cpus)
     served = Served(
         name=recipe.model_name,
         engine=engine,
@@ -221,9 +223,14 @@ def open_replica(
     )
 
 
-def start(engine: Engine) -> threading.Thread:
-    """Run an engine in a thread of its own."""
-    thread = threading.Thread(target=engine.run, name="engine", daemon=True)
+def start(engine: Engine, *, threads: int) -> threading.Thread:
+    """Run an engine in a thread of its own, which computes with so many threads."""
+
+    def run() -> None:
+        torch.set_num_threads(threads)
+        engine.run()
+
+    thread = threading.Thread(target=run, name="engine", daemon=True)
     thread.start()
     return thread
 
