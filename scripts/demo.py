@@ -3,18 +3,25 @@
 Searches rank and learning rate through Ray Tune, eight short trials on one shared 8-bit base;
 trains an 8-bit LoRA adapter with the winner's settings through Ray Train; evaluates the untouched
 base and the adapter on held-out rows by generation; merges, proves the merge, and prints what it
-found and where it lies. A second run takes up what the first one left.
+found and where it lies; and serves the adapter, live on the 8-bit base and merged, to the stock
+OpenAI client. A second run takes up what the first one left.
 """
 
 import json
+import os
+import signal
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import cast
 
+import requests
 import typer
+import yaml
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import Progress
@@ -32,6 +39,10 @@ from tune_spaces import view as search_view
 
 RECIPE = Path("training/recipes/tickets.yaml")
 SEARCH = Path("tune_spaces/searches/tickets.yaml")
+SERVE = Path("runs/serve.yaml")
+QUESTION = "Hi, this is Ada. My Juniper lamp broke after a day. Order 4821."
+_START_S = 120.0
+_STOP_S = 60.0
 METRICS = ("json_valid", "exact_match", "rouge_l")
 MAX_NEW_TOKENS = 64
 console = Console()
@@ -56,6 +67,7 @@ def demo(overrides: list[str]) -> None:
     if not merged.exists():
         console.print("merging into the fp16 base, and comparing the logits ...")
         merge.merge(adapter, merged)
+    serving = serve(adapter, system_message(recipe))
     parity = cast(Mapping[str, float], storage.verify(merged).info["merge"])
     console.print(table(before, after))
     console.print(
@@ -72,15 +84,79 @@ def demo(overrides: list[str]) -> None:
         f"parity     logits up to {parity['max_logit']:.0f}; merged against live adapter: "
         f"{parity['max_logit_diff_fp16_base']:.3f} on the fp16 base, "
         f"{parity['max_logit_diff_live']:.3f} on the int8 base",
+        f"served     live {serving['live']}",
+        f"           merged {serving['merged']}",
+        f"           {'the same answer' if serving['is_same'] else 'different answers'}",
         f"all of it  {time.perf_counter() - started:.0f} s",
-        "next       .venv/bin/loray generate "
-        f"{adapter} --system {json.dumps(system_message(recipe))} "
-        '"Hi, this is Ada. My Juniper lamp broke after a day. Order 4821."',
+        f"next       .venv/bin/loray serve {SERVE}",
         sep="\n",
         highlight=False,
         soft_wrap=True,
         markup=False,
     )
+
+
+def serve(adapter: Path, system: str) -> Mapping[str, object]:
+    """Ask the adapter over HTTP, live and merged; what it said, and whether both said the same."""
+    from openai import OpenAI
+
+    port = free_port()
+    SERVE.parent.mkdir(parents=True, exist_ok=True)
+    tree = {
+        "model": {"base": "demo"},
+        "adapters": [
+            {"name": "tickets", "path": str(adapter)},
+            {"name": "tickets-merged", "path": str(adapter), "mode": "merged"},
+        ],
+    }
+    SERVE.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    console.print("serving the adapter, live and merged ...")
+    words = [sys.executable, "-m", "serving", str(SERVE), f"http.port={port}"]
+    process = subprocess.Popen(words, start_new_session=True)  # noqa: S603
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(f"{url}/healthz", process)
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
+        said = {
+            mode: client.chat.completions.create(
+                model=name,
+                messages=[
+                    {"role": "system", "content": system},
+                    {"role": "user", "content": QUESTION},
+                ],
+                temperature=0,
+                max_tokens=MAX_NEW_TOKENS,
+            )
+            .choices[0]
+            .message.content
+            for mode, name in (("live", "tickets"), ("merged", "tickets-merged"))
+        }
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+    return {**said, "is_same": said["live"] == said["merged"]}
+
+
+def wait_for(url: str, process: "subprocess.Popen[bytes]") -> None:
+    """Until a server answers with 200."""
+    deadline = time.monotonic() + _START_S
+    while True:
+        with suppress(requests.RequestException):
+            if requests.get(url, timeout=5).ok:
+                return
+        if process.poll() is not None or time.monotonic() > deadline:
+            sys.exit("the server did not start; see its messages above")
+        time.sleep(0.2)
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def is_begun(chosen: search_config.Search) -> bool:
@@ -153,7 +229,7 @@ def say(line: str) -> None:
 
 
 def main(overrides: Overrides = None) -> None:
-    """Search, fine-tune, evaluate and merge the demo adapter."""
+    """Search, fine-tune, evaluate, merge and serve the demo adapter."""
     demo(overrides or [])
 
 

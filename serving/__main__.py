@@ -1,6 +1,7 @@
 """`python -m serving SERVE.yaml [section.field=value ...]`: the same as `loray serve`."""
 
 import signal
+import socket
 import sys
 import threading
 import time
@@ -11,6 +12,7 @@ import typer
 
 from cluster import command
 from cluster.command import say
+from cluster.errors import ConfigError
 from training.__main__ import Address, Overrides
 
 ServeFile = Annotated[
@@ -25,6 +27,9 @@ def serve(file: ServeFile, overrides: Overrides = None, address: Address = None)
     recipe = config.load(file, overrides or ())
     keys.require_safe_bind(recipe.http.host, recipe.keys_file)
     directory, root = config.registry_of(recipe, file), Path(recipe.adapters_root)
+    if recipe.keys_file is not None:
+        keys.Keys.load(Path(recipe.keys_file))  # refuses before Ray is started
+    _require_free(recipe.http.host, recipe.http.port)
     started = time.perf_counter()
 
     from ray import serve as ray_serve  # seconds that bad usage must not cost
@@ -49,6 +54,20 @@ def serve(file: ServeFile, overrides: Overrides = None, address: Address = None)
             say("stopping: answers that run may end")
         finally:
             ray_serve.shutdown()
+
+
+def _require_free(host: str, port: int) -> None:
+    """Raises ConfigError where another program has the port, or the host is none of ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), port))
+        except OSError as error:
+            raise ConfigError(
+                f"http.host {host}, http.port {port}: cannot listen there ({error.strerror}); stop "
+                "what listens, or set http.port=PORT"
+            ) from None
 
 
 def main(argv: list[str] | None = None) -> int:

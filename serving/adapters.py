@@ -178,7 +178,8 @@ class Adapters:
             self._take_down(version)
 
     def _take_down(self, version: Version) -> None:
-        self._engine.between_steps(lambda: routing.take_down(self._model, version.routed_as))
+        if self._engine.error is None:
+            self._engine.between_steps(lambda: routing.take_down(self._model, version.routed_as))
 
     async def _load(self, name: str, directory: Path, *, is_new: bool) -> Version:
         started = self._clock()

@@ -152,14 +152,18 @@ class ServeRecipe:
     @property
     def model_name(self) -> str:
         """What clients call the base: its hub id or `demo`; a directory goes by its last part."""
-        base = self.model.base
-        return Path(base).name if Path(base).expanduser().is_dir() else base
+        path = Path(self.model.base).expanduser()
+        return path.name if path.is_dir() or _is_local(self.model.base) else self.model.base
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> ServeRecipe:
     """A serving file with overrides applied; its paths are absolute. Raises ConfigError."""
     recipe = config.load(ServeRecipe, path, list(overrides))
-    keys = recipe.keys_file
+    base, keys = recipe.model.base, recipe.keys_file
+    if _is_local(base) and not Path(base).expanduser().is_dir():
+        raise ConfigError(
+            f"{path}: model.base is {base!r}: no such directory; name one, or a hub id"
+        )
     return replace(
         recipe,
         adapters=tuple(replace(a, path=_absolute(a.path)) for a in recipe.adapters),
@@ -173,6 +177,10 @@ def registry_of(recipe: ServeRecipe, path: Path) -> Path:
     if recipe.registry is not None:
         return Path(_absolute(recipe.registry))
     return path.absolute().parent / ".loray" / "serve" / path.stem
+
+
+def _is_local(base: str) -> bool:
+    return base.startswith((".", "/", "~"))
 
 
 def _absolute(path: str) -> str:

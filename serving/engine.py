@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from cluster.errors import LorayError
 from serving import kv, sampling
 from serving.config import Limits
-from serving.kv import Columns, Sequence_
+from serving.kv import Columns, KeyValues
 from serving.prefix import Prefixes
 from serving.sampling import Matcher, Picker, Scored
 from serving.schema import Sampling
@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 NO_ADAPTER = ""
 """The name under which rows of the bare base are routed."""
 _IDLE_S = 0.1
+_EXPECTED_TOKENS = 512
+"""Of an answer, for which room is kept; a longer one may send another back to the queue."""
 End = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
@@ -84,10 +86,11 @@ class Answer:
     tell: Callable[[Step], None]
     """Called by the engine's thread; must not block."""
     picker: Picker
+    ids: list[int]
+    """The prompt, and what was said so far."""
     num_cached: int = 0
-    """Tokens of the prompt whose keys and values were there already."""
+    """Of those, tokens whose keys and values were there already when they were prefilled."""
     num_new: int = 0
-    last_id: int = -1
     is_cancelled: bool = False
     is_over: bool = False
 
@@ -155,7 +158,10 @@ class Engine:
         """Queue a job. Raises `waiting.Full` where there is no room, LorayError where the engine
         is dead."""
         answer = Answer(
-            job=job, tell=tell, picker=Picker(sampling=job.sampling, matcher=job.matcher)
+            job=job,
+            tell=tell,
+            picker=Picker(sampling=job.sampling, matcher=job.matcher),
+            ids=list(job.prompt_ids),
         )
         with self._changed:
             if self.error is not None or self._is_closed:
@@ -234,6 +240,7 @@ class Engine:
         if self._filling is not None:
             self._fill()
         if self._rows:
+            self._make_room()
             self._decode()
         if has_work:
             self._on_step(self, self.clock() - started)
@@ -273,7 +280,7 @@ class Engine:
         if self._filling is not None:
             return
         group: list[Answer] = []
-        past: list[Sequence_] = []
+        past: list[KeyValues] = []
         pasts: list[int] = []
         longest = 0
         while len(self._rows) + len(group) < self.limits.rows:
@@ -284,14 +291,14 @@ class Engine:
                 self._end(answer, "cancelled")
                 continue
             job = answer.job
-            found: list[Sequence_] = []
+            found: list[KeyValues] = []
             if job.num_prompt_logprobs is None:
-                found = self.prefixes.find(job.adapter, job.prompt_ids)
+                found = self.prefixes.find(job.adapter, answer.ids)
             answer.num_cached = len(found) * self.prefixes.page
             group.append(answer)
             past.append(kv.joined(found) if found else [])
             pasts.append(answer.num_cached)
-            longest = max(longest, len(job.prompt_ids) - answer.num_cached)
+            longest = max(longest, len(answer.ids) - answer.num_cached)
             if self._is_alone(answer):
                 break
         if not group:
@@ -307,12 +314,12 @@ class Engine:
         budget = self.limits.prefill_tokens
 
         def fits(answer: Answer) -> bool:
-            most = max(_most_tokens(one) for one in [*taken, answer])
+            most = max(_expected_tokens(one) for one in [*taken, answer])
             if (len(taken) + 1) * most > self.limits.kv_tokens and taken:
                 return False
             if not group:
                 return True
-            length = max(longest, len(answer.job.prompt_ids))
+            length = max(longest, len(answer.ids))
             return not self._is_alone(answer) and (len(group) + 1) * length <= budget
 
         with self._changed:
@@ -322,7 +329,7 @@ class Engine:
         """Whether a prompt must be prefilled by itself: in chunks, scored, or where a window of
         attention would count the gaps between unequal prompts."""
         job = answer.job
-        is_long = len(job.prompt_ids) - answer.num_cached > self.limits.prefill_tokens
+        is_long = len(answer.ids) - answer.num_cached > self.limits.prefill_tokens
         return is_long or job.num_prompt_logprobs is not None or self._has_window
 
     def _fill(self) -> None:
@@ -331,7 +338,7 @@ class Engine:
         assert filling is not None
         answers = filling.answers
         rest = [
-            answer.job.prompt_ids[past + filling.done :]
+            answer.ids[past + filling.done :]
             for answer, past in zip(answers, filling.pasts, strict=True)
         ]
         chunks = [ids[: self.limits.prefill_tokens] for ids in rest] if len(rest) == 1 else rest
@@ -377,7 +384,7 @@ class Engine:
         first = sampling.pick(logits_BV, [answer.picker for answer in filling.answers])
         for row, (answer, token) in enumerate(zip(filling.answers, first, strict=True)):
             job, past = answer.job, filling.pasts[row]
-            size = len(job.prompt_ids)
+            size = len(answer.ids)
             fresh = filling.columns.sequence(row, start=filling.columns.sizes[row] - new[row])
             if len(filling.answers) == 1:
                 whole = filling.columns.sequence(row)
@@ -386,18 +393,30 @@ class Engine:
                 whole = kv.joined([kept, fresh])
             else:
                 whole = fresh
-            if job.num_prompt_logprobs is None:
-                self.prefixes.keep(job.adapter, job.prompt_ids, whole)
+            if job.num_prompt_logprobs is None or answer.num_new:
+                self.prefixes.keep(job.adapter, answer.ids, whole)
             else:
                 answer.tell(Step(prompt=tuple(filling.scores)))
             if not self._hear(answer, token):
                 self._columns.join(whole, size)
                 self._rows.append(answer)
 
+    def _make_room(self) -> None:
+        """Send answers back to the queue where the cache has become too long for all of them.
+
+        The newest goes, with what it has said, and goes on from there later. One alone stays.
+        """
+        while len(self._rows) > 1 and self.kv_tokens + len(self._rows) > self.limits.kv_tokens:
+            row = min(range(len(self._rows)), key=lambda row: self._rows[row].num_new)
+            answer = self._rows[row]
+            with self._changed:
+                self.waiting.put_back(answer, key=answer.job.key, model=answer.job.model)
+            self._take_away(row)
+
     def _decode(self) -> None:
         """Every running answer, one token further."""
         columns = self._columns
-        last_B1 = torch.tensor([[answer.last_id] for answer in self._rows])
+        last_B1 = torch.tensor([[answer.ids[-1]] for answer in self._rows])
         places_B1 = torch.tensor([[size] for size in columns.sizes])
         adapters = [answer.job.adapter for answer in self._rows]
         logits_BLV = self._forward(last_B1, places_B1, columns.mask(1), columns, adapters)
@@ -442,7 +461,7 @@ class Engine:
             self._end(answer, "error", token)
             return True
         answer.num_new += 1
-        answer.last_id = token.id
+        answer.ids.append(token.id)
         job = answer.job
         if token.id in job.stop_ids:
             self._end(answer, "stop")
@@ -480,5 +499,7 @@ class Engine:
             future.set_exception(gone)
 
 
-def _most_tokens(answer: Answer) -> int:
-    return len(answer.job.prompt_ids) + answer.job.max_new_tokens
+def _expected_tokens(answer: Answer) -> int:
+    """What an answer may come to; few clients say how long it is to be, and few are long."""
+    left = answer.job.max_new_tokens - answer.num_new
+    return len(answer.ids) + min(left, _EXPECTED_TOKENS)

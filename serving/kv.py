@@ -24,7 +24,7 @@ from cluster.errors import ModelError
 
 _GROWTH = 64
 """Columns that are allocated at a time."""
-Sequence_ = list[tuple[Tensor, Tensor]]
+KeyValues = list[tuple[Tensor, Tensor]]
 """Of each layer, keys and values (H, tokens, D) of one sequence."""
 
 
@@ -116,7 +116,7 @@ class Columns(Cache):
         self.length += num_new
         self.sizes = [size + num_new for size in self.sizes]
 
-    def join(self, sequence: Sequence_, size: int) -> int:
+    def join(self, sequence: KeyValues, size: int) -> int:
         """Give a sequence of `size` tokens a row of its own; the row's number.
 
         Its keys and values are copied; with size 0 there are none.
@@ -149,7 +149,7 @@ class Columns(Cache):
         self._trim()
         return last
 
-    def sequence(self, row: int, start: int = 0, stop: int | None = None) -> Sequence_:
+    def sequence(self, row: int, start: int = 0, stop: int | None = None) -> KeyValues:
         """Keys and values of tokens `start:stop` of a row's sequence, as views."""
         first = self.length - self.sizes[row]
         begin, end = first + start, self.length if stop is None else first + stop
@@ -187,7 +187,7 @@ class Columns(Cache):
                 setattr(layer, name, new)
 
 
-def joined(parts: Sequence[Sequence_]) -> Sequence_:
+def joined(parts: Sequence[KeyValues]) -> KeyValues:
     """One sequence out of several that follow each other."""
     return [
         (torch.cat([k for k, _ in layer], dim=1), torch.cat([v for _, v in layer], dim=1))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from serving.kv import Sequence_
+from serving.kv import KeyValues
 
 
 class Prefixes:
@@ -21,11 +21,11 @@ class Prefixes:
         """page: tokens of a page."""
         self.page = page
         self._max_pages = max_tokens // page
-        self._pages: OrderedDict[bytes, Sequence_] = OrderedDict()
+        self._pages: OrderedDict[bytes, KeyValues] = OrderedDict()
         self.hits = 0
         """Tokens that were found."""
 
-    def find(self, adapter: str, prompt_ids: Sequence[int]) -> list[Sequence_]:
+    def find(self, adapter: str, prompt_ids: Sequence[int]) -> list[KeyValues]:
         """The pages that a prompt begins with. The last token is never among them: it must go
         through the model to be answered."""
         names: list[bytes] = []
@@ -39,7 +39,7 @@ class Prefixes:
         self.hits += len(found) * self.page
         return found
 
-    def keep(self, adapter: str, prompt_ids: Sequence[int], sequence: Sequence_) -> None:
+    def keep(self, adapter: str, prompt_ids: Sequence[int], sequence: KeyValues) -> None:
         """Keep the whole pages of a prompt, which `sequence` holds; they are copied."""
         for name, stop in reversed([*self._names(adapter, prompt_ids)]):  # the last age first
             if name not in self._pages:

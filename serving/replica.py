@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from filelock import FileLock
 
 from cluster import storage
 from cluster.errors import AdapterError, ConfigError, LorayError, StorageError
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 _FOLLOW_S = 1.0
 _PROBE_PROMPT = 32
 _PROBE_TOKENS = 16
+_MERGE_S = 3600.0
+_GRACE_S = 10.0
 _GAIN = 1.1
 """How much faster a merged model must be to be worth the memory of a second model (mode: auto)."""
 
@@ -152,12 +155,7 @@ class Replica:
     def _open_merged(self, name: str, directory: Path) -> Served:
         leave_the_cores()
         base = self.service.base
-        target = self.directory / "merged" / hashlib.sha256(name.encode()).hexdigest()[:16]
-        weights = storage.read_manifest(directory).files if _has_manifest(directory) else {}
-        if target.exists() and not _is_merge_of(target, weights.get(adapters.WEIGHTS)):
-            shutil.rmtree(target)
-        if not target.exists():
-            merge.merge(directory, target, base=self.recipe.model.base)
+        target = self._merged_directory(name, directory)
         device = _device()
         loaded = models.load_base(
             ModelConfig(
@@ -178,6 +176,21 @@ class Replica:
             parent=base.name,
             mode="merged",
         )
+
+    def _merged_directory(self, name: str, directory: Path) -> Path:
+        """Where the adapter is folded: beside it, or below the registry, if need be from now on."""
+        weights = storage.read_manifest(directory).files if _has_manifest(directory) else {}
+        own = self.directory / "merged" / hashlib.sha256(name.encode()).hexdigest()[:16]
+        storage.make_directory(own.parent)
+        for place in (directory.parent / "merged", own):
+            if _is_merge_of(place, weights.get(adapters.WEIGHTS)):
+                return place
+        with FileLock(f"{own}.lock", timeout=_MERGE_S):
+            if not _is_merge_of(own, weights.get(adapters.WEIGHTS)):
+                if own.exists():
+                    shutil.rmtree(own)
+                merge.merge(directory, own, base=self.recipe.model.base)
+        return own
 
 
 def open_replica(
@@ -263,6 +276,7 @@ def _close_when_idle(engine: Engine) -> None:
     """Stop an engine that nobody is sent to any more, once its last answer is over."""
 
     def wait() -> None:
+        time.sleep(_GRACE_S)  # who was sent there a moment ago may still be reading its prompt
         while engine.num_running or len(engine.waiting):
             time.sleep(0.1)
         engine.close()

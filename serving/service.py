@@ -13,7 +13,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from cluster.errors import LorayError
+from cluster.errors import DataError, LorayError
 from serving import problems
 from serving.adapters import Adapters, Version
 from serving.config import Limits
@@ -21,6 +21,7 @@ from serving.engine import NO_ADAPTER, Answer, Engine, Job, Step
 from serving.sampling import Matcher, Scored
 from serving.schema import Sampling
 from serving.text import Detokenizer
+from serving.waiting import Full
 from training.tokens import Encoder
 
 log = logging.getLogger(__name__)
@@ -194,11 +195,17 @@ class Service:
         detokenizer = Detokenizer(
             served.tokenizer, stop=sampling.stop, stop_ids=(), visible_ids=asked.visible_ids
         )
-        return _Choice(
-            number=number, detokenizer=detokenizer, answer=served.engine.submit(job, tell)
-        )
+        try:
+            answer = served.engine.submit(job, tell)
+        except Full as full:
+            if full.is_everybodys:
+                raise problems.overloaded(full.retry_after_s) from None
+            raise problems.rate_limited(full.retry_after_s, str(full)) from None
+        return _Choice(number=number, detokenizer=detokenizer, answer=answer)
 
     def _piece(self, served: Served, choice: _Choice, step: Step) -> Piece:
+        if isinstance(step.error, DataError):  # the grammar cannot go on
+            raise problems.invalid("response_format", str(step.error))
         if step.error is not None:
             raise step.error
         if step.end == "error":

@@ -31,6 +31,8 @@ class Full(LorayError, RuntimeError):
     code = "server_is_overloaded"
     status = 503
     retry_after_s: float = _LEAST_RETRY_S
+    is_everybodys: bool = True
+    """Whether the whole queue is full, not only a key's or a model's share of it."""
 
 
 @dataclass(slots=True, order=True)
@@ -88,11 +90,20 @@ class Waiting(Generic[T]):
             if count >= most:
                 full = Full(f"{what} is full: {count} requests wait; try again later")
                 full.retry_after_s = self._retry_after_s()
+                full.is_everybodys = what == "the queue"
                 raise full
         flow = (key, model)
         start = max(self._now, self._finish.get(flow, 0.0))
         self._finish[flow] = start + cost
         place = _Place(start, next(self._numbers), item, key, model, deadline)
+        heapq.heappush(self._heap, place)
+        self._keys[key] += 1
+        self._models[model] += 1
+        self._size += 1
+
+    def put_back(self, item: T, *, key: str, model: str) -> None:
+        """Queue an item that was taken once more, before all others and beyond all bounds."""
+        place = _Place(self._now, -next(self._numbers), item, key, model, None)
         heapq.heappush(self._heap, place)
         self._keys[key] += 1
         self._models[model] += 1

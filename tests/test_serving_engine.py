@@ -6,7 +6,7 @@ import random
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +316,26 @@ def test_an_engine_that_breaks_tells_everybody_and_takes_nothing_more(tmp_path: 
         engine.submit(job(prompts_of()[0]), Listener())
     with pytest.raises(LorayError, match="stopped"):
         engine.between_steps(lambda: None)
+
+
+def test_answers_that_outgrow_the_cache_take_turns_and_end_as_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.engine._EXPECTED_TOKENS", 10)
+    base = load(make_base(tmp_path / "base"))
+    engine = Engine(base.model, replace(LIMITS, kv_tokens=240))
+    prompts = prompts_of((30, 25, 40, 10, 35))
+    heard = [Listener() for _ in prompts]
+    for ids, listener in zip(prompts, heard, strict=True):
+        engine.submit(job(ids, 100, sampling=Sampling(temperature=0, num_logprobs=0)), listener)
+    most = most_rows = 0
+    while engine.step():
+        most, most_rows = max(most, engine.kv_tokens), max(most_rows, engine.num_running)
+    assert most <= 240
+    assert most_rows > 2
+    for ids, listener in zip(prompts, heard, strict=True):
+        assert listener.ids == generated(base.model, ids, 100)
+        assert len(listener.tokens) == 100
 
 
 def test_many_threads_submit_and_cancel_and_nothing_is_left(tmp_path: Path) -> None:

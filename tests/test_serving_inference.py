@@ -270,6 +270,34 @@ def test_a_client_that_goes_away_frees_its_place_at_once(running: Running, base:
     assert len(engine.waiting) == 0
 
 
+def test_a_full_queue_is_answered_with_when_to_come_again(tmp_path: Path, tiny_base: Path) -> None:
+    limits = {
+        "rows": 1, "context_tokens": 512, "kv_tokens": 512, "prefix_tokens": 0, "waiting": 2,
+    }  # fmt: skip
+    with serving(tmp_path, tiny_base, limits=limits) as running:
+        base = running.replica.service.base
+        letter = str(ids_of(running, "A")[0])
+        body = {
+            "model": base.name,
+            "messages": CHAT,
+            "max_tokens": 400,
+            "logit_bias": {letter: 100},
+        }
+        threads = [
+            threading.Thread(target=running.post, args=("/v1/chat/completions", body))
+            for _ in range(3)
+        ]
+        for number, thread in enumerate(threads):
+            thread.start()
+            _until(lambda n=number: base.engine.num_running + len(base.engine.waiting) > n)
+        refused = running.post("/v1/chat/completions", {**body, "max_tokens": 1})
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "server_is_overloaded"
+        assert int(refused.headers["retry-after"]) >= 1
+        for thread in threads:
+            thread.join()
+
+
 def test_health_and_metrics_speak_of_the_engine(running: Running, base: str) -> None:
     ask(running, base)
     assert requests.get(f"{running.url}/healthz", timeout=30).ok
