@@ -10,7 +10,14 @@ from ray.tune.schedulers.pb2 import PB2
 from cluster.errors import ConfigError
 from tune_spaces import config, spaces
 from tune_spaces.config import SearchConfig
-from tune_spaces.schedulers import TOKENS, make_scheduler, make_searcher, mode_of, population
+from tune_spaces.schedulers import (
+    TOKENS,
+    make_scheduler,
+    make_searcher,
+    mode_of,
+    population,
+    rungs,
+)
 from tune_spaces.searcher import ListSearcher, OptunaSearcher
 
 
@@ -123,3 +130,14 @@ def test_optuna_proposes_within_the_space_and_keeps_what_is_fixed(tmp_path: Path
 )
 def test_losses_are_to_be_small_and_shares_large(metric: str, mode: str) -> None:
     assert mode_of(metric) == mode
+
+
+def test_rungs_are_where_the_scheduler_compares() -> None:
+    def found(**settings: float | str) -> tuple[int, ...]:
+        chosen = SearchConfig(**settings)  # pyright: ignore
+        return rungs(chosen, budget=6000, report=750)
+
+    assert found(scheduler="asha", reduction_factor=4) == (750, 3000)
+    assert found(scheduler="asha", reduction_factor=2, grace_tokens=1000) == (1000, 2000, 4000)
+    assert found(scheduler="fifo") == ()
+    assert found(scheduler="median") == tuple(range(750, 6001, 750))

@@ -141,6 +141,11 @@ def test_a_killed_search_goes_on_and_nothing_runs_twice(tmp_path: Path, tiny_bas
     record = records.read(directory)
     assert {trial.history[-1][0] for trial in record.trials} == {record.trials[0].tokens}
     assert first in {path.stat().st_ino for path in directory.glob("trials/*/adapter")}
+    told = (directory / "report.html").stat().st_mtime_ns
+    status, out, err = call(["loray", "search", path.name, "--resume", "--json"], tmp_path)
+    assert (status, result_of(out)) == (0, result)
+    assert "this search is complete" in err
+    assert (directory / "report.html").stat().st_mtime_ns == told
 
 
 @pytest.mark.ray

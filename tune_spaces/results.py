@@ -18,7 +18,7 @@ from tune_spaces import record as records
 from tune_spaces.config import Search
 from tune_spaces.hall import AnyHall, mean_filled
 from tune_spaces.record import SearchRecord
-from tune_spaces.schedulers import TOKENS, mode_of
+from tune_spaces.schedulers import TOKENS, mode_of, rungs
 from tune_spaces.trial import Spec
 
 Watcher = Callable[[Event], None]
@@ -134,7 +134,6 @@ def record_of(
     the trials, None where an earlier driver ran some of them. started: on time.perf_counter.
     """
     own = outcome.estimates if outcome is not None else {}
-    rungs = range(spec.report_every, budget + 1, spec.report_every)
     dimensions = chosen.space.every_dimension()
     return SearchRecord(
         name=chosen.recipe.name,
@@ -152,7 +151,7 @@ def record_of(
         if base is not None
         else None,
         winner=outcome.winner if outcome is not None else None,
-        rungs=tuple(rungs),
+        rungs=rungs(chosen.search, budget=budget, report=spec.report_every),
         finalists=outcome.finalists if outcome is not None else (),
         cost=_cost(hall, trials, tuned_s),
         versions={"loray": __version__, **{name: version(name) for name in _LIBRARIES}},

@@ -61,6 +61,19 @@ def make_scheduler(
     return FIFOScheduler()
 
 
+def rungs(search: SearchConfig, *, budget: int, report: int) -> tuple[int, ...]:
+    """Supervised tokens at which trials are compared and stopped: of asha its rungs, of fifo none,
+    of the others every report."""
+    if search.scheduler == "fifo":
+        return ()
+    if search.scheduler != "asha":
+        return tuple(range(report, budget + 1, report))
+    found = [search.grace_tokens or report]
+    while found[-1] * search.reduction_factor <= budget:
+        found.append(round(found[-1] * search.reduction_factor))
+    return tuple(found)
+
+
 def make_searcher(
     search: SearchConfig, space: Space, *, directory: Path, fixed: dict[str, Any]
 ) -> tuple[Searcher, int]:

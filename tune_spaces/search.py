@@ -48,6 +48,8 @@ from tune_spaces.spaces import Space
 from tune_spaces.trial import Spec
 
 _SPEC = "spec.json"
+_RESULT = "result.json"
+"""What `--json` prints: there once a search is complete."""
 _REPORTS = 8
 """Reports of a trial, unless search.report_every_tokens says otherwise."""
 _READY_TIMEOUT_S = 900.0
@@ -87,6 +89,9 @@ def search(
     storage.make_directory(directory)
     with ownership.RunLock(directory):
         _claim(directory, chosen, resume=resume)
+        if (directory / _RESULT).exists():
+            say(f"this search is complete: {report.answer(records.read(directory))}")
+            return json.loads((directory / _RESULT).read_text(encoding="utf-8"))
         run.inspect(recipe, say)
         for warning in spaces.warnings_for(chosen.space, recipe):
             say(f"warning: {warning}")
@@ -154,7 +159,9 @@ def _search(
             f"no trial finished: {'; '.join(reasons) or 'none was started'}. Lower the learning "
             f"rates of the space, or raise search.budget_tokens; see {directory / 'report.html'}"
         )
-    return _result(directory, record, outcome, hall, started)
+    result = _result(directory, record, outcome, hall, started)
+    storage.write_file(directory / _RESULT, json.dumps(result, indent=1).encode())
+    return result
 
 
 def _in_time(chosen: Search, started: float) -> Search:
