@@ -178,9 +178,12 @@ class Engine:
 
     def cancel(self, answer: Answer) -> None:
         """End an answer before the next step; nothing more is told of it but the end."""
-        answer.is_cancelled = True
         with self._changed:
+            answer.is_cancelled = True
+            is_waiting = self.waiting.remove(answer)
             self._changed.notify()
+        if is_waiting:
+            self._end(answer, "cancelled")
 
     def between_steps(self, what: Callable[[], T]) -> "Future[T]":
         """Have the engine's thread do something while the model rests."""

@@ -8,10 +8,13 @@ import hashlib
 import hmac
 import ipaddress
 import logging
+import os
+import re
 import secrets
+import socket
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +23,7 @@ import yaml
 from filelock import FileLock
 
 from cluster import config, storage
-from cluster.errors import ConfigError, LorayError
+from cluster.errors import ConfigError
 from serving import problems
 
 log = logging.getLogger(__name__)
@@ -29,6 +32,10 @@ Role = Literal["inference", "admin"]
 _PREFIX = "sk-loray-"
 _ID_BYTES = 4
 _SECRET_BYTES = 32
+_ID = re.compile(r"[0-9a-f]{8}")
+_HASH = re.compile(r"[0-9a-f]{64}")
+_PASTED = re.compile(rf"{_PREFIX}[\w-]*")
+_MAX_NAME_CHARS = 128
 _LOOK_S = 1.0
 _MAX_HEADER_CHARS = 512
 
@@ -48,6 +55,23 @@ class Key:
     """The models that it opens; null: all."""
     created: int = 0
     """Seconds since the epoch."""
+
+    def __post_init__(self) -> None:
+        if not self.name.strip() or len(self.name) > _MAX_NAME_CHARS or not self.name.isprintable():
+            raise ConfigError(
+                f"a key's name is {self.name[:80]!r}; allowed: 1 to {_MAX_NAME_CHARS} characters "
+                "that can be printed"
+            )
+        if not _ID.fullmatch(self.id):
+            raise ConfigError(f"the id of key {self.name!r} is not 8 hex digits")
+        if not _HASH.fullmatch(self.hash):  # not shown: it may be a key that was pasted there
+            raise ConfigError(
+                f"the hash of key {self.name!r} is not 64 hex digits (SHA-256, lower case); "
+                "make keys by `loray keys add`"
+            )
+        for field in ("roles", "models"):
+            if getattr(self, field) == ():
+                raise ConfigError(f"key {self.name!r} has no {field}; name one, or remove the key")
 
     def may_use(self, model: str) -> bool:
         """Whether it opens a model."""
@@ -78,7 +102,8 @@ class Keys:
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
         self._clock = clock
-        self._facts, self._keys = _read(path)
+        self._facts = _facts(path)  # before reading: what changes meanwhile is seen next time
+        self._keys = _read(path)
         self._looked = clock()
 
     @classmethod
@@ -89,13 +114,14 @@ class Keys:
     def check(self, authorization: str | None) -> Key:
         """The key of an Authorization header. Raises ApiError (401)."""
         self._look()
-        text = (authorization or "")[:_MAX_HEADER_CHARS]
-        scheme, _, given = text.partition(" ")
-        id_, _, secret = given.strip().removeprefix(_PREFIX).partition("-")
+        scheme, _, given = (authorization or "")[:_MAX_HEADER_CHARS].partition(" ")
+        given = given.strip()
+        id_, _, secret = given.removeprefix(_PREFIX).partition("-")
         key = self._keys.get(id_)
         # Compared in any case: the time tells nothing about which ids there are.
         is_right = hmac.compare_digest(_hash(secret), key.hash if key else "0" * 64)
-        if key is None or not is_right or scheme.lower() != "bearer":
+        is_whole = scheme.lower() == "bearer" and given.startswith(_PREFIX)
+        if key is None or not is_right or not is_whole:
             raise problems.invalid_api_key()
         return key
 
@@ -104,46 +130,68 @@ class Keys:
         if now - self._looked < _LOOK_S:
             return
         self._looked = now
+        facts = _facts(self._path)
+        if facts == self._facts:
+            return
+        self._facts = facts  # of a broken file too, so that it is told of once
         try:
-            if _facts(self._path) != self._facts:
-                self._facts, self._keys = _read(self._path)
-        except (LorayError, OSError) as error:
+            self._keys = _read(self._path)
+        except ConfigError as error:
             log.warning("keys_file=%s kept_the_old_keys=%r", self._path, str(error))
 
 
 def create(
     path: Path, name: str, *, roles: Sequence[Role] = ("inference",), models: Sequence[str] | None
 ) -> str:
-    """Add a key to a file, which is made if need be; the key itself, which is kept nowhere."""
-    if not name.strip() or len(name) > 128:
-        raise ConfigError(f"a key's name is {name[:80]!r}; allowed: 1 to 128 characters")
+    """Add a key to a file, which is made if need be; the key itself, which is kept nowhere.
+
+    Raises ConfigError for a name, roles or models that cannot be, StorageError on a full disk.
+    """
     secret = secrets.token_urlsafe(_SECRET_BYTES)
-    key = Key(
-        id=secrets.token_hex(_ID_BYTES),
-        name=name,
-        hash=_hash(secret),
-        roles=tuple(roles),
-        models=tuple(models) if models is not None else None,
-        created=int(time.time()),
-    )
     with _locked(path):
-        _write(path, [*(_read(path)[1].values() if path.exists() else ()), key])
-    return f"{_PREFIX}{key.id}-{secret}"
+        keys = _read(path) if path.exists() else {}
+        while (id_ := secrets.token_hex(_ID_BYTES)) in keys:
+            pass
+        keys[id_] = Key(
+            id=id_,
+            name=name,
+            hash=_hash(secret),
+            roles=tuple(roles),
+            models=tuple(models) if models is not None else None,
+            created=int(time.time()),
+        )
+        _write(path, keys.values())
+    return f"{_PREFIX}{id_}-{secret}"
 
 
 def remove(path: Path, id: str) -> None:
     """Take a key out of a file. Raises ConfigError where it is not there."""
     with _locked(path):
-        keys = _read(path)[1]
+        keys = _read(path)
         if keys.pop(id, None) is None:
             known = ", ".join(f"{key.id} ({key.name})" for key in keys.values()) or "none"
-            raise ConfigError(f"{path} has no key {id[:80]!r}; there are: {known}")
+            shown = _PASTED.sub(f"{_PREFIX}...", id)[:80]
+            raise ConfigError(f"{path} has no key {shown!r}; there are: {known}")
         _write(path, keys.values())
 
 
-def require_safe_bind(host: str, keys_file: str | None) -> None:
-    """Raises ConfigError for a server without keys that others than this machine can reach."""
-    if keys_file is not None or _is_loopback(host):
+def list_(path: Path) -> tuple[Key, ...]:
+    """The keys of a file, the oldest first. Raises ConfigError as `Keys.load`."""
+    return tuple(_read(path).values())
+
+
+def _resolved(host: str) -> list[str]:
+    return [str(address[0]) for *_, address in socket.getaddrinfo(host, None)]
+
+
+def require_safe_bind(
+    host: str, keys_file: str | None, *, resolve: Callable[[str], Iterable[str]] = _resolved
+) -> None:
+    """Raises ConfigError for a server without keys that others than this machine can reach.
+
+    resolve: the addresses of a host's name, OSError where it has none.
+    """
+    if keys_file is not None or _is_loopback(host, resolve):
         return
     raise ConfigError(
         f"http.host is {host!r}, which others can reach, but there is no keys_file: whoever "
@@ -152,43 +200,69 @@ def require_safe_bind(host: str, keys_file: str | None) -> None:
     )
 
 
-def _is_loopback(host: str) -> bool:
+def _is_loopback(host: str, resolve: Callable[[str], Iterable[str]]) -> bool:
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
-        return host == "localhost"
+        pass
+    if not host:  # every address of the machine
+        return False
+    try:
+        addresses = [ipaddress.ip_address(address) for address in resolve(host)]
+    except (OSError, ValueError):  # UnicodeError, of names that cannot be, is a ValueError
+        return False
+    return bool(addresses) and all(address.is_loopback for address in addresses)
 
 
 def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode(errors="replace")).hexdigest()
 
 
-def _facts(path: Path) -> tuple[int, int, int]:
-    facts = path.stat()
-    return facts.st_mtime_ns, facts.st_size, facts.st_ino
+def _facts(path: Path) -> tuple[int, ...] | None:
+    """What changes with a file and with who may read it; None where there is none."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size, facts.st_ino
 
 
-def _read(path: Path) -> tuple[tuple[int, int, int], dict[str, Key]]:
-    if not path.is_file():
-        raise ConfigError(f"keys_file {path}: no such file; make one by `loray keys add`")
-    if stat.S_IMODE(path.stat().st_mode) & 0o027:
-        raise ConfigError(f"keys_file {path} can be read by others; run: chmod 600 {path}")
-    facts = _facts(path)
-    rows = config.load(KeysFile, path, []).keys
+def _read(path: Path) -> dict[str, Key]:
+    try:
+        facts = path.stat()
+    except OSError as error:
+        raise ConfigError(
+            f"keys_file {path}: {error.strerror}; make one by `loray keys add`"
+        ) from None
+    if not stat.S_ISREG(facts.st_mode):
+        raise ConfigError(f"keys_file {path} is not a plain file; name one")
+    if stat.S_IMODE(facts.st_mode) & 0o027:
+        raise ConfigError(f"keys_file {path} is open to others; run: chmod 600 {path}")
+    try:
+        rows = config.load(KeysFile, path).keys
+    except ConfigError as error:  # which quotes what it found, a key that was pasted there too
+        raise ConfigError(f"keys_file {_PASTED.sub(f'{_PREFIX}...', str(error))}") from None
+    except (TypeError, RecursionError):  # a list as a mapping's key; a thousand brackets
+        raise ConfigError(f"keys_file {path}: expected `keys:` and a list of mappings") from None
     keys = {key.id: key for key in rows}
     if len(keys) < len(rows):
         raise ConfigError(f"keys_file {path}: an id stands twice; keep one of them")
-    return facts, keys
+    return keys
 
 
-def _write(path: Path, keys: "Sequence[Key] | object") -> None:
-    rows = [config.plain(key) for key in keys]  # pyright: ignore
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.touch(mode=0o600)
-    mode = stat.S_IMODE(path.stat().st_mode)
-    storage.write_file(path, yaml.safe_dump({"keys": rows}, sort_keys=False).encode())
-    path.chmod(mode & 0o640)
+def _write(path: Path, keys: Iterable[Key]) -> None:
+    rows = [config.plain(key) for key in keys]
+    facts = path.stat() if path.exists() else None
+    umask = os.umask(0o077)  # the file is nobody else's from its first moment
+    try:
+        storage.write_file(path, yaml.safe_dump({"keys": rows}, sort_keys=False).encode())
+    finally:
+        os.umask(umask)
+    if facts is None:
+        return
+    if os.geteuid() == 0:  # else the server could not read what root has written
+        os.chown(path, facts.st_uid, facts.st_gid)
+    path.chmod(stat.S_IMODE(facts.st_mode))
 
 
 def _locked(path: Path) -> FileLock:

@@ -19,7 +19,9 @@ from serving.service import Service
 
 _OTHER = "other"
 _MAX_MODELS = 128
-"""Names that have a label of their own."""
+"""Names that have a label of their own, in the life of a replica."""
+_GONE = 499
+"""Status of a request whose client went before its answer came (nginx's)."""
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -30,8 +32,9 @@ class Metrics:
     def __init__(
         self, *, known: Sequence[str], clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        """known: the models that are served; `observe` adds those that come."""
-        self._known = set(known)
+        """known: models that are served; more are known by `observe`, and by answering."""
+        self._known: set[str] = set()
+        self._know(known)
         self._clock = clock
         self.registry = CollectorRegistry()
         r = self.registry
@@ -57,7 +60,9 @@ class Metrics:
         self._kv = Gauge("loray_kv_used_tokens", "Tokens of the batch's cache", registry=r)
         self._kv_capacity = Gauge("loray_kv_capacity_tokens", "Room for tokens", registry=r)
         self._prefix = Gauge("loray_prefix_hit_tokens", "Prompt tokens found", registry=r)
-        self._cache = Gauge("loray_adapter_cache", "Events so far", ["event"], registry=r)
+        self._cache = Counter("loray_adapter_cache", "Hits and so on", ["event"], registry=r)
+        self._counted: dict[str, int] = {}
+        """What of the cache's events has been counted."""
         self._load_s = Histogram(
             "loray_adapter_load_seconds", "To prove and load an adapter",
             buckets=_SECONDS, registry=r,
@@ -65,23 +70,26 @@ class Metrics:
 
     @contextmanager
     def request(self, endpoint: str, model: str) -> Iterator[None]:
-        """Count a request, with the status that its exception means."""
-        started, status, label = self._clock(), 200, self._label(model)
+        """Count a request, with the status that its exception means. model: as the client says."""
+        started, status = self._clock(), 200
         try:
             yield
-        except Exception as error:
-            status = of_exception(error)[0]
+        except BaseException as error:
+            status = of_exception(error)[0] if isinstance(error, Exception) else _GONE
             raise
         finally:
+            label = self._label(model)
             self._requests.labels(label, endpoint, str(status)).inc()
             self._request_s.labels(label).observe(self._clock() - started)
 
     def first_token(self, model: str, seconds: float) -> None:
-        """A request has got its first token."""
+        """A request has got its first token, of a model that is served."""
+        self._know([model])
         self._first_s.labels(self._label(model)).observe(seconds)
 
     def tokens(self, model: str, prompt: int, completion: int) -> None:
-        """A request has been answered."""
+        """A request has been answered, by a model that is served."""
+        self._know([model])
         label = self._label(model)
         self._tokens.labels(label, "prompt").inc(prompt)
         self._tokens.labels(label, "completion").inc(completion)
@@ -93,7 +101,7 @@ class Metrics:
 
     def observe(self, service: Service) -> None:
         """Read what a service has to say of itself."""
-        self._known |= set(service.names()[:_MAX_MODELS])
+        self._know(service.names())
         engines = {id(s.engine): s.engine for s in (service.base, *service.fixed.values())}
         self._running.set(sum(engine.num_running for engine in engines.values()))
         self._waiting.set(sum(len(engine.waiting) for engine in engines.values()))
@@ -103,7 +111,9 @@ class Metrics:
         if service.adapters is not None:
             events = service.adapters.events
             for name in ("hits", "misses", "evictions"):
-                self._cache.labels(name).set(getattr(events, name))
+                total = getattr(events, name)
+                self._cache.labels(name).inc(total - self._counted.get(name, 0))
+                self._counted[name] = total
             while events.load_s:
                 self._load_s.observe(events.load_s.pop())
 
@@ -112,12 +122,18 @@ class Metrics:
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
     def snapshot(self) -> Mapping[str, float]:
-        """Every sample by its name and labels, added up over labels."""
-        found: dict[str, float] = {}
-        for family in self.registry.collect():
-            for sample in family.samples:
-                found[sample.name] = found.get(sample.name, 0.0) + sample.value
-        return found
+        """Every sample by its name and labels' values: `loray_tokens_total a prompt` -> 3."""
+        return {
+            " ".join([sample.name, *sample.labels.values()]): sample.value
+            for family in self.registry.collect()
+            for sample in family.samples
+        }
+
+    def _know(self, models: Sequence[str]) -> None:
+        """Give models labels of their own, as long as there are any left."""
+        for model in models:
+            if len(self._known) < _MAX_MODELS:
+                self._known.add(model)
 
     def _label(self, model: str) -> str:
         return model if model in self._known else _OTHER

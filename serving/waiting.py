@@ -1,18 +1,25 @@
-"""The queue in front of an engine: bounded, and fair to keys and to models.
+"""The queue in front of an engine: bounded, and fair to keys and to the models of a key.
 
-Start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996): a flow is what one key asks of one
-model; each item starts where its flow's last one finished, or now, and finishes `cost` later, in
-virtual time; the earliest start goes first. A flow of a thousand items cannot keep another's first
-one waiting, whatever it has queued.
+Start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996), in two levels: keys share the engine,
+and a key's models share what the key gets. The name with the earliest start, in virtual time, goes
+first; having got `cost`, it starts that much later. A name that had nothing queued starts now, at
+the start of what was taken last. So while two names both have items, what they get differs by at
+most the cost of one item of each, and however much one has queued, in however many models, another
+waits for one item of it.
 
-Pure data, no threads. n items.
+Within a key and model it is first come, first served, always.
+
+Pure data, no threads. Each operation is a few binary searches in sorted lists: the keys, a key's
+models, the deadlines. A list moves its pointers where a heap would keep what has gone: 25 us where
+65,536 keys wait, 5 us for 256.
 """
 
-import heapq
 import itertools
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import math
+from bisect import bisect_left, bisect_right, insort
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from cluster.errors import LorayError
@@ -21,6 +28,12 @@ T = TypeVar("T")
 
 _PATIENCE = 64
 """Times that an item which does not fit is passed over; then nothing overtakes it any more."""
+_REACH = 64
+"""Heads that one taking asks whether they fit."""
+_REACH_IN_KEY = 8
+"""Of them, heads of one key, so that it cannot keep another from being asked."""
+_RECENT = 32
+"""Items whose taking says how fast the queue moves."""
 _LEAST_RETRY_S = 1.0
 _MOST_RETRY_S = 60.0
 
@@ -35,20 +48,65 @@ class Full(LorayError, RuntimeError):
     """Whether the whole queue is full, not only a key's or a model's share of it."""
 
 
-@dataclass(slots=True, order=True)
+class _Turns:
+    """Names that have something queued, by their start in virtual time."""
+
+    def __init__(self) -> None:
+        self._sorted: list[tuple[float, int, str]] = []
+        """(start, number, name): of equal starts, the one that stands there longest is first."""
+        self._entries: dict[str, tuple[float, int, str]] = {}
+        self._ahead: dict[str, float] = {}
+        """The starts of names that have nothing queued now and have got more than their share."""
+        self._now = 0.0
+        self._numbers = itertools.count()
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for _, _, name in self._sorted)
+
+    def __len__(self) -> int:
+        return len(self._sorted)
+
+    def join(self, name: str) -> None:
+        """A name has something queued again."""
+        self._stand(name, max(self._now, self._ahead.pop(name, 0.0)))
+
+    def charge(self, name: str, cost: float) -> None:
+        """A name has got an item."""
+        start = self._leave(name)
+        self._now = max(self._now, start)
+        self._stand(name, start + cost)
+
+    def leave(self, name: str) -> None:
+        """A name has nothing queued any more."""
+        start = self._leave(name)
+        if start > self._now:
+            self._ahead[name] = start
+
+    def _stand(self, name: str, start: float) -> None:
+        entry = self._entries[name] = (start, next(self._numbers), name)
+        insort(self._sorted, entry)
+
+    def _leave(self, name: str) -> float:
+        entry = self._entries.pop(name)
+        del self._sorted[bisect_left(self._sorted, entry)]
+        return entry[0]
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
 class _Place(Generic[T]):
-    start: float
+    item: T
     number: int
-    item: T = field(compare=False)
-    key: str = field(compare=False)
-    model: str = field(compare=False)
-    deadline: float | None = field(compare=False)
-    num_skipped: int = field(compare=False, default=0)
-    is_gone: bool = field(compare=False, default=False)
+    key: str
+    model: str
+    cost: float
+    deadline: float
+    is_back: bool
+    """Whether it was taken before, and is paid for."""
+    num_skipped: int = 0
 
 
 class Waiting(Generic[T]):
-    """Items with a key, a model and a cost."""
+    """Items with a key, a model and a cost. An item is itself, not what it equals."""
 
     def __init__(
         self,
@@ -61,26 +119,37 @@ class Waiting(Generic[T]):
         """clock: seconds."""
         self._max = (max_items, max_per_key, max_per_model)
         self._clock = clock
-        self._heap: list[_Place[T]] = []
         self._numbers = itertools.count()
-        self._finish: dict[tuple[str, str], float] = {}
-        """Of each flow's last item, in virtual time, while it lies ahead."""
-        self._now = 0.0
-        """Virtual time: the start of the item that was taken last."""
-        self._keys: Counter[str] = Counter()
-        self._models: Counter[str] = Counter()
-        self._size = 0
-        self._taken_at: list[float] = []
-        """When the last items were taken."""
+        self._places: dict[int, _Place[T]] = {}
+        """By the item's `id`."""
+        self._flows: dict[tuple[str, str], OrderedDict[int, _Place[T]]] = {}
+        """What a key asks of a model, by number; never empty."""
+        self._keys = _Turns()
+        self._models: dict[str, _Turns] = {}
+        """Of each key that has a flow."""
+        self._back: OrderedDict[int, _Place[T]] = OrderedDict()
+        self._deadlines: list[tuple[float, int, _Place[T]]] = []
+        """Sorted; numbers differ, so places are never compared."""
+        self._num_of_key: Counter[str] = Counter()
+        self._num_of_model: Counter[str] = Counter()
+        self._taken_at: deque[float] = deque(maxlen=_RECENT)
+        """When the last items were taken, since the queue was empty."""
 
     def __len__(self) -> int:
-        return self._size
+        return len(self._places)
+
+    def by_model(self) -> Mapping[str, int]:
+        """Items of each model that has any."""
+        return dict(self._num_of_model)
 
     def put(
         self, item: T, *, key: str, model: str, cost: float, deadline: float | None = None
     ) -> None:
-        """Queue an item. Raises Full, which says when to try again, where a bound is reached."""
-        counts = (self._size, self._keys[key], self._models[model])
+        """Queue an item. Raises Full, which says when to try again, where a bound is reached.
+
+        cost: tokens that it will take. deadline: on the clock.
+        """
+        counts = (len(self), self._num_of_key[key], self._num_of_model[model])
         for what, count, most in zip(
             ("the queue", "the queue of this key", "the queue of this model"),
             counts,
@@ -92,77 +161,121 @@ class Waiting(Generic[T]):
                 full.retry_after_s = self._retry_after_s()
                 full.is_everybodys = what == "the queue"
                 raise full
-        flow = (key, model)
-        start = max(self._now, self._finish.get(flow, 0.0))
-        self._finish[flow] = start + cost
-        place = _Place(start, next(self._numbers), item, key, model, deadline)
-        heapq.heappush(self._heap, place)
-        self._keys[key] += 1
-        self._models[model] += 1
-        self._size += 1
+        assert 0 <= cost < math.inf
+        place = self._place(item, key, model, cost, deadline)
+        if key not in self._models:
+            self._models[key] = _Turns()
+            self._keys.join(key)
+        if (key, model) not in self._flows:
+            self._flows[key, model] = OrderedDict()
+            self._models[key].join(model)
+        self._flows[key, model][place.number] = place
 
     def put_back(self, item: T, *, key: str, model: str) -> None:
         """Queue an item that was taken once more, before all others and beyond all bounds."""
-        place = _Place(self._now, -next(self._numbers), item, key, model, None)
-        heapq.heappush(self._heap, place)
-        self._keys[key] += 1
-        self._models[model] += 1
-        self._size += 1
+        place = self._place(item, key, model, 0, None, is_back=True)
+        self._back[place.number] = place
 
     def take(self, accept: Callable[[T], bool] = lambda _: True) -> T | None:
         """The first item that is accepted, or None.
 
-        One that is not accepted keeps its place; after it was passed over 64 times, nothing
-        behind it is taken until it fits.
+        Asked are those that were put back, the latest first, then the head of each flow in the
+        order of their turns, 64 at most and 8 of a key. One that is not accepted keeps its place,
+        and its flow waits with it; after others were taken past it 64 times, nothing behind it is
+        taken until it fits.
         """
         passed: list[_Place[T]] = []
-        found: T | None = None
-        while self._heap:
-            place = heapq.heappop(self._heap)
-            if place.is_gone:
-                continue
+        for place in itertools.islice(self._heads(), _REACH):
             if accept(place.item):
-                self._leave(place)
-                self._now = max(self._now, place.start)
-                self._taken_at = [*self._taken_at[-31:], self._clock()]
-                found = place.item
-                break
-            passed.append(place)
+                for other in passed:
+                    other.num_skipped += 1
+                self._taken_at.append(self._clock())
+                if not place.is_back:
+                    self._keys.charge(place.key, place.cost)
+                    self._models[place.key].charge(place.model, place.cost)
+                self._forget(place)
+                return place.item
             if place.num_skipped >= _PATIENCE:
                 break
-        for place in passed:
-            place.num_skipped += found is not None
-            heapq.heappush(self._heap, place)
-        if not self._size:
-            self._finish.clear()
-        return found
+            passed.append(place)
+        return None
 
     def expired(self) -> list[T]:
-        """Take out all items whose deadline, on the clock, is over."""
-        now = self._clock()
-        return self._drop(lambda place: place.deadline is not None and place.deadline <= now)
+        """Take out all items whose deadline, on the clock, is over; the earliest first."""
+        num_over = bisect_right(self._deadlines, self._clock(), key=lambda entry: entry[0])
+        places = [place for _, _, place in self._deadlines[:num_over]]
+        for place in places:
+            self._forget(place)
+        return [place.item for place in places]
 
     def remove(self, item: T) -> bool:
-        """Take out an item wherever it stands; whether it was there."""
-        return bool(self._drop(lambda place: place.item is item))
+        """Take out an item wherever it stands, free of charge; whether it was there."""
+        place = self._places.get(id(item))
+        if place is not None:
+            self._forget(place)
+        return place is not None
 
-    def _drop(self, is_over: Callable[[_Place[T]], bool]) -> list[T]:
-        over = [place for place in self._heap if not place.is_gone and is_over(place)]
-        for place in over:
-            place.is_gone = True
-            self._leave(place)
-        return [place.item for place in over]
+    def _place(
+        self,
+        item: T,
+        key: str,
+        model: str,
+        cost: float,
+        deadline: float | None,
+        is_back: bool = False,
+    ) -> _Place[T]:
+        assert id(item) not in self._places, "the item is queued already"
+        place = _Place(
+            item=item,
+            number=next(self._numbers),
+            key=key,
+            model=model,
+            cost=cost,
+            deadline=math.inf if deadline is None else deadline,
+            is_back=is_back,
+        )
+        self._places[id(item)] = place
+        self._num_of_key[key] += 1
+        self._num_of_model[model] += 1
+        insort(self._deadlines, (place.deadline, place.number, place))
+        return place
 
-    def _leave(self, place: _Place[T]) -> None:
-        self._size -= 1
-        for counter, name in ((self._keys, place.key), (self._models, place.model)):
+    def _heads(self) -> Iterator[_Place[T]]:
+        yield from reversed(self._back.values())
+        for key in self._keys:
+            for model in itertools.islice(self._models[key], _REACH_IN_KEY):
+                yield next(iter(self._flows[key, model].values()))
+
+    def _forget(self, place: _Place[T]) -> None:
+        """Take a place out of everything."""
+        del self._places[id(place.item)]
+        del self._deadlines[bisect_left(self._deadlines, (place.deadline, place.number, place))]
+        for counter, name in ((self._num_of_key, place.key), (self._num_of_model, place.model)):
             counter[name] -= 1
             if not counter[name]:
                 del counter[name]
+        if place.is_back:
+            del self._back[place.number]
+        else:
+            self._forget_in_flow(place)
+        if not self._places:  # nobody waits, so nobody is ahead of anybody
+            self._keys = _Turns()
+            self._taken_at.clear()
+
+    def _forget_in_flow(self, place: _Place[T]) -> None:
+        flow = self._flows[place.key, place.model]
+        del flow[place.number]
+        if flow:
+            return
+        del self._flows[place.key, place.model]
+        self._models[place.key].leave(place.model)
+        if not self._models[place.key]:
+            del self._models[place.key]
+            self._keys.leave(place.key)
 
     def _retry_after_s(self) -> float:
-        """As long as the queue takes at the rate of the last items."""
-        if len(self._taken_at) < 2:
+        """As long as the queue takes at the rate of the last items, and since."""
+        if not self._taken_at:
             return _LEAST_RETRY_S
-        seconds = (self._taken_at[-1] - self._taken_at[0]) / (len(self._taken_at) - 1)
-        return min(_MOST_RETRY_S, max(_LEAST_RETRY_S, seconds * self._size))
+        seconds = (self._clock() - self._taken_at[0]) / len(self._taken_at)
+        return min(_MOST_RETRY_S, max(_LEAST_RETRY_S, seconds * len(self)))
