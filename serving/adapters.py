@@ -106,11 +106,8 @@ class Adapters:
 
         Raises AdapterError where it is refused; an older version goes on then.
         """
-        return await self._load(name, directory, is_new=True)
-
-    def expect(self, name: str, directory: Path) -> None:
-        """Know a name whose adapter is loaded when it is first asked for."""
-        self._paths[name] = directory
+        # Whoever asked may go; half an adapter must not stay.
+        return await asyncio.shield(self._load(name, directory, is_new=True))
 
     async def remove(self, name: str) -> None:
         """Forget a name; answers that run end as they began."""

@@ -20,8 +20,6 @@ from serving.schema import ChatRequest, CompletionRequest
 from serving.service import Asked, Piece, Served, Service
 
 _POLL_S = 0.05
-_GONE = 499
-"""Status of an answer that nobody waits for (nginx's)."""
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -77,8 +75,8 @@ class Answering:
     ) -> AsyncGenerator[tuple[int, Piece], None]:
         """The pieces of all prompts as they come, each with its prompt's number."""
         started, is_first = self.clock(), True
-        async with aclosing(_merged([self.service.answers(served, one) for one in asked])) as all_:
-            async for number, piece in all_:
+        async with aclosing(self.service.answers(served, asked)) as pieces:
+            async for number, piece in pieces:
                 if is_first and (piece.tokens or piece.finish):
                     is_first = False
                     self.on_first(served.name, self.clock() - started)
@@ -156,38 +154,6 @@ async def _collect(source: AsyncGenerator[tuple[int, Piece], None]) -> list[tupl
         return [item async for item in source]
 
 
-async def _merged(
-    sources: Sequence[AsyncGenerator[Piece, None]],
-) -> AsyncGenerator[tuple[int, Piece], None]:
-    """What all sources give, with the number of the source, in the order in which it comes."""
-    ready: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue(maxsize=1024)
-
-    async def drain(number: int, source: AsyncGenerator[Piece, None]) -> None:
-        try:
-            async with aclosing(source):
-                async for piece in source:
-                    await ready.put((number, piece))
-            await ready.put((number, None))
-        except Exception as error:
-            await ready.put((number, error))
-
-    tasks = [asyncio.create_task(drain(n, source)) for n, source in enumerate(sources)]
-    try:
-        left = len(tasks)
-        while left:
-            number, item = await ready.get()
-            if item is None:
-                left -= 1
-            elif isinstance(item, BaseException):
-                raise item
-            else:
-                yield number, item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
 async def _unless_gone(request: Request, work: Any) -> Any:
     """The result of `work`, which is cancelled where the client has gone."""
     task = asyncio.ensure_future(work)
@@ -201,7 +167,7 @@ async def _unless_gone(request: Request, work: Any) -> Any:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise problems.ApiError("The client has gone.", status=_GONE)
+        raise problems.ApiError("The client has gone.", status=problems.GONE)
     finally:
         for one in (task, watcher):
             one.cancel()

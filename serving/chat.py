@@ -71,19 +71,22 @@ class Chat:
         choices: list[replies.ChatChoice] = []
         for number in range(self.body.num_choices):
             own = [piece for _, piece in pieces if piece.choice == number]
-            content, calls = self._taken_apart(number, "".join(piece.text for piece in own))
+            text = "".join(piece.text for piece in own)
+            said = tools.Parsed(content=text, calls=())
+            if self.streams:
+                said = self.streams[number].whole(text)
             message: replies.AssistantAnswer = {
-                "role": "assistant", "content": content, "refusal": None,
+                "role": "assistant", "content": said.content, "refusal": None,
             }  # fmt: skip
-            if calls:
-                message["tool_calls"] = [_call(call) for call in calls]
+            if said.calls:
+                message["tool_calls"] = [_call(call) for call in said.calls]
             scored = [token for piece in own for token in piece.tokens]
             choices.append(
                 {
                     "index": number,
                     "message": message,
                     "logprobs": self._logprobs(scored),
-                    "finish_reason": "tool_calls" if calls else forms.finish(own),
+                    "finish_reason": "tool_calls" if said.calls else forms.finish(own),
                 }
             )
         return replies.chat_completion(self.head, choices, forms.usage(self.asked, pieces))
@@ -121,15 +124,6 @@ class Chat:
         """The last chunk of a stream that asked for it."""
         usage = forms.usage(self.asked, pieces)
         return replies.chat_chunk(self.head, [], has_usage=True, usage=usage)
-
-    def _taken_apart(self, number: int, text: str) -> tuple[str | None, tuple[tools.ToolCall, ...]]:
-        if not self.streams:
-            return text, ()
-        stream = self.streams[number]
-        events = [*stream.push(text), *stream.finish()]
-        calls = tuple(event for event in events if isinstance(event, tools.ToolCall))
-        content = "".join(event for event in events if isinstance(event, str))
-        return content or (None if calls else ""), calls
 
     def _chunk(
         self,

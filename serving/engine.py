@@ -252,6 +252,8 @@ class Engine:
     def _take_orders(self) -> None:
         while self._orders:
             what, future = self._orders.popleft()
+            if not future.set_running_or_notify_cancel():  # nobody waits for it any more
+                continue
             try:
                 future.set_result(what())
             except BaseException as error:  # it belongs to whoever gave the order
@@ -499,7 +501,8 @@ class Engine:
         for answer in left:
             self._end(answer, "error", gone)
         for _, future in orders:
-            future.set_exception(gone)
+            if future.set_running_or_notify_cancel():
+                future.set_exception(gone)
 
 
 def _expected_tokens(answer: Answer) -> int:

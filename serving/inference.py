@@ -115,7 +115,7 @@ def make_app(
             whole = replies.base_object(name, created=fixed.created, owned_by=owner)
             return whole if fixed.parent is None else {**whole, "parent": fixed.parent}
         entry = replica.registry.entries().get(name)
-        loaded = service.adapters.loaded.get(name) if service.adapters else None
+        loaded = service.adapters.loaded.get(name)
         if entry is None:
             raise problems.model_not_found(name)
         return replies.adapter_object(
@@ -165,7 +165,7 @@ def make_app(
     @app.get("/v1/adapters")
     async def list_adapters(key: Admin) -> dict[str, Any]:
         """What is to be served, what is in memory, and what was refused."""
-        loaded = service.adapters.loaded if service.adapters else {}
+        loaded = service.adapters.loaded
         return {
             "object": "list",
             "data": [

@@ -14,14 +14,12 @@ from prometheus_client import (
 )
 
 from serving.engine import Engine
-from serving.problems import of_exception
+from serving.problems import GONE, of_exception
 from serving.service import Service
 
 _OTHER = "other"
 _MAX_MODELS = 128
 """Names that have a label of their own, in the life of a replica."""
-_GONE = 499
-"""Status of a request whose client went before its answer came (nginx's)."""
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -75,7 +73,7 @@ class Metrics:
         try:
             yield
         except BaseException as error:
-            status = of_exception(error)[0] if isinstance(error, Exception) else _GONE
+            status = of_exception(error)[0] if isinstance(error, Exception) else GONE
             raise
         finally:
             label = self._label(model)
@@ -102,20 +100,19 @@ class Metrics:
     def observe(self, service: Service) -> None:
         """Read what a service has to say of itself."""
         self._know(service.names())
-        engines = {id(s.engine): s.engine for s in (service.base, *service.fixed.values())}
-        self._running.set(sum(engine.num_running for engine in engines.values()))
-        self._waiting.set(sum(len(engine.waiting) for engine in engines.values()))
-        self._kv.set(sum(engine.kv_tokens for engine in engines.values()))
-        self._kv_capacity.set(sum(e.limits.kv_tokens for e in engines.values()))
-        self._prefix.set(sum(engine.prefixes.hits for engine in engines.values()))
-        if service.adapters is not None:
-            events = service.adapters.events
-            for name in ("hits", "misses", "evictions"):
-                total = getattr(events, name)
-                self._cache.labels(name).inc(total - self._counted.get(name, 0))
-                self._counted[name] = total
-            while events.load_s:
-                self._load_s.observe(events.load_s.pop())
+        engines = service.engines()
+        self._running.set(sum(engine.num_running for engine in engines))
+        self._waiting.set(sum(len(engine.waiting) for engine in engines))
+        self._kv.set(sum(engine.kv_tokens for engine in engines))
+        self._kv_capacity.set(sum(e.limits.kv_tokens for e in engines))
+        self._prefix.set(sum(engine.prefixes.hits for engine in engines))
+        events = service.adapters.events
+        for name in ("hits", "misses", "evictions"):
+            total = getattr(events, name)
+            self._cache.labels(name).inc(total - self._counted.get(name, 0))
+            self._counted[name] = total
+        while events.load_s:
+            self._load_s.observe(events.load_s.pop())
 
     def render(self) -> tuple[bytes, str]:
         """The text for Prometheus, and its content type."""

@@ -27,6 +27,8 @@ from typing_extensions import TypedDict  # pydantic takes typing's from Python 3
 from cluster.errors import LorayError
 
 MAX_MESSAGE_CHARS = 2000
+GONE = 499
+"""Status of a request whose client went before its answer came (nginx's)."""
 _MAX_SHOWN_CHARS = 80
 _MAX_RETRY_AFTER_S = 3600
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")

@@ -85,10 +85,7 @@ class Replica:
         if name == self.service.base.name:
             raise ConfigError(f"{name!r} is the base's name; choose another")
         async with self._busy:
-            version = (
-                self.registry.entries()[name].version if name in self.registry.entries() else 0
-            )
-            trial = Entry(path=str(path), mode=mode, created=created_now(), version=version + 1)
+            trial = Entry(path=str(path), mode=mode, created=created_now(), version=0)
             await self._serve(name, trial)
             entry = self.registry.put(name, path, mode)
             self.done[name] = (entry.version, mode)
@@ -107,50 +104,48 @@ class Replica:
 
     def close(self) -> None:
         """Stop all engines."""
-        for served in {id(s.engine): s for s in self.service.fixed.values()}.values():
-            served.engine.close()
+        for engine in self.service.engines():
+            engine.close()
 
     async def _serve(self, name: str, entry: Entry) -> None:
         directory, service = Path(entry.path), self.service
-        mode = entry.mode
-        if mode in ("live", "auto") and service.adapters is not None:
-            await service.adapters.put(name, directory)
-            if mode == "auto" and await self._is_merged_faster(name, directory):
-                mode = "merged"
-        if mode == "merged":
-            served = await asyncio.to_thread(self._open_merged, name, directory)
-            old = service.fixed.get(name)
-            service.fixed[name] = served
-            if service.adapters is not None:
-                await service.adapters.remove(name)
+        merged: Served | None = None
+        if entry.mode == "merged":
+            merged = await asyncio.to_thread(self._open_merged, name, directory)
         else:
-            old = service.fixed.pop(name, None)
-            mode = "live"
+            await service.adapters.put(name, directory)
+            if entry.mode == "auto":
+                merged = await self._faster(name, directory)
+        old = service.fixed.pop(name, None)
+        if merged is not None:
+            service.fixed[name] = merged
+            await service.adapters.remove(name)
         if old is not None:
             _close_when_idle(old.engine)
-        self.done[name] = (entry.version, mode)
+        self.done[name] = (entry.version, "live" if merged is None else "merged")
 
     async def _drop(self, name: str) -> None:
         del self.done[name]
         old = self.service.fixed.pop(name, None)
         if old is not None:
             _close_when_idle(old.engine)
-        if self.service.adapters is not None:
-            await self.service.adapters.remove(name)
+        await self.service.adapters.remove(name)
 
-    async def _is_merged_faster(self, name: str, directory: Path) -> bool:
-        """Measured: both, as many answers at once as there are rows."""
+    async def _faster(self, name: str, directory: Path) -> Served | None:
+        """The merged model, where it is worth its memory; measured against the live adapter."""
         merged = await asyncio.to_thread(self._open_merged, name, directory)
-        async with self.service.use(name) as live:
+        async with self.service.live(name) as live:
             slow = await asyncio.to_thread(tokens_per_s, live)
         fast = await asyncio.to_thread(tokens_per_s, merged)
-        merged.engine.close()
         is_faster = fast > _GAIN * slow
         log.warning(
             "adapter=%s mode=%s live_tokens_per_s=%.0f merged_tokens_per_s=%.0f",
             name, "merged" if is_faster else "live", slow, fast,
         )  # fmt: skip
-        return is_faster
+        if is_faster:
+            return merged
+        merged.engine.close()
+        return None
 
     def _open_merged(self, name: str, directory: Path) -> Served:
         leave_the_cores()
@@ -174,7 +169,6 @@ class Replica:
             tokenizer=loaded.tokenizer,
             created=created_now(),
             parent=base.name,
-            mode="merged",
         )
 
     def _merged_directory(self, name: str, directory: Path) -> Path:

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -74,7 +74,6 @@ class Served:
     created: int
     parent: str | None = None
     """The base's name, for an adapter."""
-    mode: Literal["base", "live", "merged"] = "base"
     version: Version | None = None
     """Of a live adapter, while it is used."""
 
@@ -93,22 +92,24 @@ class Service:
     """The models of a replica by name."""
 
     limits: Limits
+    base: Served
     fixed: dict[str, Served]
     """The base and merged models."""
-    adapters: Adapters | None = None
-    """Of the live base."""
-    base: Served
+    adapters: Adapters
+    """On the live base."""
     clock: Callable[[], float] = time.monotonic
 
     def names(self) -> list[str]:
         """Whatever may be asked for."""
-        live = self.adapters.paths if self.adapters else {}
-        return [*self.fixed, *(name for name in live if name not in self.fixed)]
+        return [*self.fixed, *(name for name in self.adapters.paths if name not in self.fixed)]
+
+    def engines(self) -> list[Engine]:
+        """The base's and those of merged models."""
+        return [served.engine for served in self.fixed.values()]
 
     def is_healthy(self) -> bool:
         """Whether every engine lives."""
-        engines = {id(s.engine): s.engine for s in (self.base, *self.fixed.values())}
-        return all(engine.error is None for engine in engines.values())
+        return all(engine.error is None for engine in self.engines())
 
     @asynccontextmanager
     async def use(self, name: str) -> AsyncIterator[Served]:
@@ -116,15 +117,19 @@ class Service:
         if name in self.fixed:
             yield self.fixed[name]
             return
-        if self.adapters is None or name not in self.adapters.paths:
-            raise problems.model_not_found(name)
+        async with self.live(name) as served:
+            yield served
+
+    @asynccontextmanager
+    async def live(self, name: str) -> AsyncIterator[Served]:
+        """An adapter on the base, which stays as it is inside the block. Raises ApiError (404)."""
         try:
             version = await self.adapters.acquire(name)
         except KeyError:
             raise problems.model_not_found(name) from None
         try:
             yield replace(
-                self.base, name=name, parent=self.base.name, mode="live",
+                self.base, name=name, parent=self.base.name,
                 encoder=version.encoder, version=version,
             )  # fmt: skip
         finally:
@@ -139,39 +144,37 @@ class Service:
             raise problems.context_length_exceeded(limit, prompt, wanted, asked.param)
         return limit - prompt if wanted is None else wanted
 
-    async def answers(self, served: Served, asked: Asked) -> AsyncGenerator[Piece, None]:
-        """The choices of a request, piece by piece as they come. Closing it cancels them.
+    async def answers(
+        self, served: Served, asked: Sequence[Asked]
+    ) -> AsyncGenerator[tuple[int, Piece], None]:
+        """The choices of all prompts, piece by piece as they come, each with its prompt's number.
 
-        Raises ApiError where the queue is full, and LorayError where the engine dies.
+        Closing it cancels them. Raises ApiError where a prompt is too long or the queue is full,
+        and LorayError where the engine dies.
         """
-        num_new = self.check_length(served, asked)
+        lengths = [self.check_length(served, one) for one in asked]
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[tuple[int, Step]] = asyncio.Queue()
-        choices: list[_Choice] = []
+        choices: list[tuple[int, _Choice]] = []
         try:
-            for number in range(asked.num_choices):
+            for prompt, (one, num_new) in enumerate(zip(asked, lengths, strict=True)):
+                for number in range(one.num_choices):
 
-                def tell(step: Step, number: int = number) -> None:
-                    loop.call_soon_threadsafe(events.put_nowait, (number, step))
+                    def tell(step: Step, index: int = len(choices)) -> None:
+                        loop.call_soon_threadsafe(events.put_nowait, (index, step))
 
-                choices.append(self._submit(served, asked, number, num_new, tell))
-            while not all(choice.is_over for choice in choices):
-                number, step = await events.get()
-                choice = choices[number]
+                    choices.append((prompt, self._submit(served, one, number, num_new, tell)))
+            num_left = len(choices)
+            while num_left:
+                index, step = await events.get()
+                prompt, choice = choices[index]
                 if not choice.is_over:
-                    yield self._piece(served, choice, step)
+                    yield prompt, self._piece(served, choice, step)
+                    num_left -= choice.is_over
         finally:
-            for choice in choices:
+            for _, choice in choices:
                 if not choice.answer.is_over:
                     served.engine.cancel(choice.answer)
-
-    async def whole(self, served: Served, asked: Asked) -> list[list[Piece]]:
-        """All pieces of each choice."""
-        found: list[list[Piece]] = [[] for _ in range(asked.num_choices)]
-        async with aclosing(self.answers(served, asked)) as pieces:
-            async for piece in pieces:
-                found[piece.choice].append(piece)
-        return found
 
     def _submit(
         self, served: Served, asked: Asked, number: int, num_new: int, tell: Callable[[Step], None]

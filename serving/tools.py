@@ -115,11 +115,7 @@ def parse(text: str, tools: Sequence[Tool], format: Format, *, random: Random) -
 
     White space before a call, and at the end of an answer that has calls, is left out.
     """
-    stream = ToolStream(tools, format, random=random)
-    events = [*stream.push(text), *stream.finish()]
-    content = "".join(event for event in events if isinstance(event, str))
-    calls = tuple(event for event in events if isinstance(event, ToolCall))
-    return Parsed(content=content or (None if calls else ""), calls=calls)
+    return ToolStream(tools, format, random=random).whole(text)
 
 
 class ToolStream:
@@ -147,6 +143,13 @@ class ToolStream:
         """What is left at the end of the answer; a call that is not whole is content."""
         events = [*self._events(is_last=True), *self._content(self._rest)]
         return events if self._has_calls or not self._space else [*events, self._space]
+
+    def whole(self, text: str) -> Parsed:
+        """What a whole answer comes to, where nothing of it was pushed before."""
+        events = [*self.push(text), *self.finish()]
+        content = "".join(event for event in events if isinstance(event, str))
+        calls = tuple(event for event in events if isinstance(event, ToolCall))
+        return Parsed(content=content or (None if calls else ""), calls=calls)
 
     def _events(self, *, is_last: bool) -> list[Event]:
         events: list[Event] = []

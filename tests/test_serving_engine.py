@@ -338,6 +338,17 @@ def test_answers_that_outgrow_the_cache_take_turns_and_end_as_alone(
         assert len(listener.tokens) == 100
 
 
+def test_an_order_that_nobody_waits_for_is_left_out_and_harms_nobody(tmp_path: Path) -> None:
+    engine = Engine(load(make_base(tmp_path / "base")).model, LIMITS)
+    done: list[str] = []
+    gone = engine.between_steps(lambda: done.append("gone"))
+    assert gone.cancel()
+    kept = engine.between_steps(lambda: done.append("kept"))
+    engine.step()
+    assert kept.done()
+    assert done == ["kept"]
+
+
 def test_many_threads_submit_and_cancel_and_nothing_is_left(tmp_path: Path) -> None:
     engine = Engine(load(make_base(tmp_path / "base")).model, LIMITS)
     thread = threading.Thread(target=engine.run)

@@ -306,6 +306,17 @@ def test_health_and_metrics_speak_of_the_engine(running: Running, base: str) -> 
     assert f'model="{base}"' in text
 
 
+def test_auto_measures_both_ways_and_serves_one(tmp_path: Path, tiny_base: Path) -> None:
+    path = make_adapter(tmp_path / "either", tiny_base)
+    adapters = [{"name": "either", "path": str(path)}]
+    with serving(tmp_path, tiny_base, adapters=adapters, mode="auto") as running:
+        (row,) = requests.get(f"{running.url}/v1/adapters", timeout=30).json()["data"]
+        assert row["mode"] in ("live", "merged")
+        assert (row["is_loaded"], row["error"]) == (True, None)
+        own, base = (ask(running, name) for name in ("either", running.replica.service.base.name))
+        assert own.choices[0].message.content != base.choices[0].message.content
+
+
 def test_a_dead_engine_is_told_and_shown(tmp_path: Path, tiny_base: Path) -> None:
     with serving(tmp_path, tiny_base) as running:
         base = running.replica.service.base
