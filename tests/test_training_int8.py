@@ -4,7 +4,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from training import int8
+from training import digits, int8
 
 
 @pytest.fixture
@@ -50,3 +50,44 @@ def test_it_computes_in_fp16_under_autocast_without_overflow(layer: bnb.nn.Linea
         out = layer(x)
     assert out.dtype == torch.float16
     assert torch.isfinite(out).all()
+
+
+def test_digits_keep_24_bits_below_the_largest_value_of_a_row() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rows, features, outputs in ((1, 24, 7), (300, 96, 33), (3, 1536, 8)):
+        x = torch.randn(rows, features, generator=generator)
+        x *= torch.logspace(-30, 30, rows)[:, None]  # each row has a scale of its own
+        x[:, 0] *= 1000
+        weight = torch.randint(-127, 128, (outputs, features), dtype=torch.int8)
+        scale = torch.rand(outputs, generator=generator)
+        exact = (x.double() @ weight.double().t()) * scale.double()
+        error = (digits.matmul(x, weight.t(), scale) - exact).abs()
+        half_step = x.double().abs().amax(1) / (2 * 127 * 65536)
+        off = half_step[:, None] * weight.double().abs().sum(1) * scale.double()
+        assert torch.all(error <= 1.5 * off + 1.2e-7 * exact.abs())
+
+
+def test_digits_of_a_row_are_bitwise_its_own() -> None:
+    x = torch.randn(300, 64)
+    weight = torch.randint(-127, 128, (64, 48), dtype=torch.int8)
+    whole = digits.matmul(x, weight, None)
+    x[5], x[6] = 0.0, 1e-40
+    x[7, 3], x[8, 0] = torch.inf, torch.nan
+    again = digits.matmul(x, weight, None)
+    own = [row for row in range(300) if row not in (5, 6, 7, 8)]
+    assert torch.equal(again[own], whole[own])
+    for row in (0, 255, 256, 299):
+        assert torch.equal(digits.matmul(x[row : row + 1], weight, None), whole[row : row + 1])
+    assert not again[5].any()
+    assert again[6].abs().max() < 1e-34  # what is below 3e-39 may count as nothing
+    assert again[7].isnan().all()
+    assert again[8].isnan().all()
+
+
+def test_the_private_names_that_digits_want_are_there() -> None:
+    assert isinstance(torch.cpu._is_vnni_supported(), bool)
+    ones = torch.ones(2, digits.MAX_FEATURES, dtype=torch.int8)
+    out = torch.empty(2, 2, dtype=torch.int32)
+    found = torch._int_mm(-128 * ones, 127 * ones.t(), out=out)
+    if digits.is_fast():  # elsewhere oneDNN may saturate, and digits are not used
+        assert found.tolist() == [[-128 * 127 * digits.MAX_FEATURES] * 2] * 2

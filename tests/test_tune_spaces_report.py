@@ -147,7 +147,7 @@ def test_answer_says_that_a_tie_went_to_the_smaller_rank(tmp_path: Path) -> None
     winner = _winner(best, is_tie=True, tied_with=["t01", "t02"], test_value=None)
     record = records.read(_leave(tmp_path, [best], winner=winner, base=None))
     text = report.answer(record)
-    assert text.endswith("It is a tie with t01, t02, so the smaller rank was taken.")
+    assert text.endswith("It is a tie with t01, t02; of a tie the smallest rank is taken.")
     assert "the base model was not measured" in text
 
 

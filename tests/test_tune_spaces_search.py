@@ -134,7 +134,9 @@ def test_a_killed_search_goes_on_and_nothing_runs_twice(tmp_path: Path, tiny_bas
     os.killpg(process.pid, signal.SIGKILL)
     finish(process)
     first = next(directory.glob("trials/*/adapter")).stat().st_ino
-    status, out, err = call(["loray", "search", path.name, "--resume", "--json"], tmp_path)
+    status, _, err = call(["loray", "search", str(directory)], tmp_path)
+    assert (status, "or --resume to go on" in err) == (1, True)
+    status, out, err = call(["loray", "search", "--resume", str(directory), "--json"], tmp_path)
     assert status == 0, err
     result = result_of(out)
     assert (result["trials"], result["finished"]) == (4, 4)

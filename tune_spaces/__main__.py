@@ -9,10 +9,15 @@ import typer
 
 from cluster import command
 from cluster.command import say
+from cluster.errors import ConfigError
 from training.__main__ import Address, AsJson, Overrides, Submit
 
 SearchFile = Annotated[
-    Path, typer.Argument(help="A search file, YAML or JSON.", show_default=False)
+    Path,
+    typer.Argument(
+        help="A search file, YAML or JSON; with --resume also the search's directory.",
+        show_default=False,
+    ),
 ]
 
 
@@ -29,10 +34,19 @@ def search(
     """Search rank, learning rate and more, with many trials on one frozen base or each alone."""
     from tune_spaces import config
 
-    chosen = config.load(file, overrides or ())
+    settings = list(overrides or ())
+    if file.is_dir():
+        if not resume:
+            raise ConfigError(
+                f"{file} is a directory; give a search file, or --resume to go on with the search "
+                "in that directory"
+            )
+        settings.append(f"storage={file.resolve().parent}")
+        file = file / "config.json"
+    chosen = config.load(file, settings)
     if submit:
         flags = {"--json": as_json, "--resume": resume}
-        words = ["tune_spaces", str(file), *(overrides or []), *(n for n in flags if flags[n])]
+        words = ["tune_spaces", str(file), *settings, *(n for n in flags if flags[n])]
         raise typer.Exit(command.submit(words, address=address))
     from tune_spaces import search as room  # torch and ray: seconds that bad usage must not cost
     from tune_spaces import view

@@ -51,7 +51,7 @@ def answer(record: SearchRecord) -> str:
             text += " That is no better than the base model."
     if winner.is_tie:
         others = ", ".join(winner.tied_with)
-        text += f" It is a tie with {others}, so the smaller rank was taken."
+        text += f" It is a tie with {others}; of a tie the smallest rank is taken."
     if winner.test_value is not None:
         test = _interval(winner.test_low, winner.test_high)
         text += (
