@@ -235,6 +235,9 @@ def start(engine: Engine, *, threads: int) -> threading.Thread:
 
     def run() -> None:
         torch.set_num_threads(threads)
+        # A thread takes over the last number that any thread has set when it first asks for its
+        # own, which torch (2.13) does in the first product: ask now, before `leave_the_cores`.
+        torch.get_num_threads()
         engine.run()
 
     thread = threading.Thread(target=run, name="engine", daemon=True)
