@@ -70,6 +70,7 @@ def main() -> None:
                 [sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True
             )
             found[contender] = json.loads(done.stdout.strip().splitlines()[-1])
+            print(contender, json.dumps(found[contender]), file=sys.stderr, flush=True)
     print("| adapters | at once | " + " | ".join(found) + " |")
     print("|---|---|" + "---|" * len(found))
     for key in dict.fromkeys(itertools.chain(*(rows for rows in found.values()))):
@@ -281,7 +282,8 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     counts = [1] if options.one == "merged" else options.adapters
     command = [sys.executable, "-m", "serving", str(path)]
     # Answers that go on to their end: the end token is the one of the tokenizer.
-    return over_http(options, command, "demo", {"logit_bias": {"2": -100}}, counts)
+    more = {"logit_bias": {"2": -100}}
+    return over_http(options, command, "demo", more, counts, health="/healthz")
 
 
 def transformers_serve(options: argparse.Namespace) -> dict[str, Any]:
@@ -324,6 +326,8 @@ def over_http(
     base: str,
     more: dict[str, Any],
     counts: Sequence[int],
+    *,
+    health: str = "/health",
 ) -> dict[str, Any]:
     """A server that answers at PORT, asked by several clients at once. base: its model's name."""
     import requests
@@ -340,7 +344,7 @@ def over_http(
     try:
         while True:
             try:
-                if requests.get(f"http://127.0.0.1:{PORT}/v1/models", timeout=5).ok:
+                if requests.get(f"http://127.0.0.1:{PORT}{health}", timeout=5).ok:
                     break
             except requests.RequestException:
                 time.sleep(0.1)

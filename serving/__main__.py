@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 
 from cluster import command
 from cluster.command import say
@@ -28,11 +29,19 @@ _PRIVATE_RAY = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.front:middlewares",
 }
 """Settings of a Ray that is started here; a cluster has its own."""
 
 
-def serve(file: ServeFile, overrides: Overrides = None, address: Address = None) -> None:
+def serve(
+    file: ServeFile,
+    overrides: Overrides = None,
+    address: Address = None,
+    print_config: Annotated[
+        bool, typer.Option("--config", help="Print a config for `serve deploy`; start nothing.")
+    ] = False,
+) -> None:
     """Serve a base model with adapters over HTTP, in the OpenAI API."""
     from serving import config, keys
 
@@ -41,6 +50,11 @@ def serve(file: ServeFile, overrides: Overrides = None, address: Address = None)
     directory, root = config.registry_of(recipe, file), Path(recipe.adapters_root)
     if recipe.keys_file is not None:
         keys.Keys.load(Path(recipe.keys_file))  # refuses before Ray is started
+    if print_config:
+        from serving import app
+
+        print(yaml.safe_dump(app.deploy_config(recipe, directory, root), sort_keys=False))
+        return
     _require_free(recipe.http.host, recipe.http.port)
     started = time.perf_counter()
 

@@ -235,6 +235,11 @@ class Adapters:
             )
             for name, layer in config.layers.items()
         }
+        for name, factor in factors.items():  # neighbours in a batch meet what is scaled as zeros
+            if not torch.isfinite(
+                (factor.B_OR * factor.scaling).abs().max() + factor.A_RI.abs().max()
+            ):
+                raise AdapterError(f"{directory}: {name} leaves the range of {dtype} when scaled")
         return config, factors, adapters.encoder_for(str(directory), self._base)
 
     def _hang(self, version: Version, factors: Mapping[str, Factors]) -> None:

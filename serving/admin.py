@@ -93,6 +93,18 @@ def remove_key(
     print(f"{id} is removed")
 
 
+@keys.command("list")
+def list_keys(file: KeysFile) -> None:
+    """Whose keys there are, and what they open."""
+    from serving.keys import list_ as room
+
+    table = Table("id", "name", "roles", "models")
+    for key in room(file):
+        models = "all" if key.models is None else ", ".join(key.models)
+        table.add_row(key.id, key.name, ", ".join(key.roles), models)
+    Console().print(table)
+
+
 def _call(
     method: str, url: str, path: str, key: str | None, body: dict[str, str] | None = None
 ) -> Any:

@@ -53,16 +53,53 @@ class Server:
 
 
 def build(recipe: ServeRecipe, directory: Path, root: Path) -> Application:
-    """The application of a serving file."""
+    """The application of a serving file. directory: of the registry. root: of adapters."""
     device = {"num_gpus": 1} if _has_gpu() else {"num_cpus": recipe.num_cpus}
+    if recipe.max_replicas is None:
+        replicas: dict[str, Any] = {"num_replicas": recipe.replicas}
+    else:
+        replicas = {
+            "autoscaling_config": {
+                "min_replicas": recipe.replicas,
+                "max_replicas": recipe.max_replicas,
+                "target_ongoing_requests": recipe.limits.rows,
+            }
+        }
     server: Any = Server
     return server.options(
-        num_replicas=recipe.replicas,
+        **replicas,
         max_ongoing_requests=_ONGOING_PER_ROW * recipe.limits.rows,
+        max_surge_percent=recipe.max_surge_percent,
         health_check_period_s=_HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=_DRAIN_S,
         ray_actor_options=device,
     ).bind(config.plain(recipe), str(directory), str(root))
+
+
+def application(args: dict[str, Any]) -> Application:
+    """The same for `serve deploy`; args: of the application in `deploy_config`."""
+    recipe = config.build(ServeRecipe, args["recipe"], where="args.recipe")
+    return build(recipe, Path(args["registry"]), Path(args["root"]))
+
+
+def deploy_config(recipe: ServeRecipe, directory: Path, root: Path) -> dict[str, Any]:
+    """A config file of Ray Serve, as a tree, that serves a serving file on a cluster."""
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": recipe.http.host, "port": recipe.http.port},
+        "applications": [
+            {
+                "name": "loray",
+                "route_prefix": "/",
+                "import_path": "serving.app:application",
+                "args": {
+                    "recipe": config.plain(recipe),
+                    "registry": str(directory),
+                    "root": str(root),
+                },
+            }
+        ],
+    }
 
 
 def _has_gpu() -> bool:

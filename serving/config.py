@@ -129,11 +129,19 @@ class ServeRecipe:
     """API keys, as `loray keys` writes them; null: no key is asked, on the loopback only."""
     replicas: int = 1
     """Copies of the engine; on several nodes, or GPUs."""
+    max_replicas: int | None = None
+    """Copies when there is much to do, from `replicas` on; null: always `replicas`."""
+    max_surge_percent: int = 100
+    """Replicas that an update may start before it stops old ones, in percent of `replicas`. They
+    need room; 0 needs none, and an update of a single replica then interrupts."""
     cpus_per_replica: int | None = None
     """CPU cores that a replica computes with; null: this machine's, shared out evenly."""
 
     def __post_init__(self) -> None:
         _in_range("replicas", self.replicas, 1, 64)
+        if self.max_replicas is not None:
+            _in_range("max_replicas", self.max_replicas, self.replicas, 64)
+        _in_range("max_surge_percent", self.max_surge_percent, 0, 100)
         if self.cpus_per_replica is not None:
             _in_range("cpus_per_replica", self.cpus_per_replica, 1, 1024)
         require_name(self.model_name, "model.base, as a name,")

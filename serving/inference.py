@@ -188,7 +188,7 @@ def make_app(
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
-    async def render_metrics() -> Response:
+    async def render_metrics(key: User) -> Response:
         """For Prometheus."""
         metrics.observe(service)
         body, content_type = metrics.render()

@@ -133,6 +133,9 @@ class Columns(Cache):
             start = self.length - size
             layer.keys[row, :, start : self.length] = keys
             layer.values[row, :, start : self.length] = values
+            # Of who was here before, and not finite where an adapter broke the numbers.
+            layer.keys[row, :, :start] = 0
+            layer.values[row, :, :start] = 0
         self.sizes.append(size)
         return row
 

@@ -7,6 +7,7 @@ cuts.
 B rows, V vocabulary.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cluster.errors import LorayError
+from cluster.errors import LorayError, ModelError
 from serving.schema import Sampling
 
 _SEED_SPAN = 1 << 63
@@ -100,10 +101,17 @@ class Picker:
 
 def pick(logits_BV: Tensor, pickers: Sequence[Picker]) -> list[Scored | LorayError]:
     """The next token of each row, noted by its picker, or why its answer cannot go on."""
-    best_B: list[int] = logits_BV.argmax(-1).tolist()
+    highest_B, best_B = logits_BV.max(-1)
+    best: list[int] = best_B.tolist()
+    highest: list[float] = highest_B.tolist()
     found: list[Scored | LorayError] = []
     for row, picker in enumerate(pickers):
-        token_id = best_B[row]
+        if not math.isfinite(highest[row]):
+            found.append(
+                ModelError("the model's numbers are not finite here; use another adapter or prompt")
+            )
+            continue
+        token_id = best[row]
         try:
             if not picker.is_plain:
                 token_id = picker.choose(logits_BV[row].float().cpu().clone())

@@ -24,6 +24,7 @@ from serving.schema import Sampling
 from training import adapter, routing
 from training import model as models
 from training.config import LoraConfig, ModelConfig
+from training.routing import Factors
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0)
@@ -177,6 +178,44 @@ def test_base_and_adapters_of_all_ranks_mixed_answer_as_each_alone(room: Room) -
         )
         for i, (name, ids, listener) in enumerate(zip(names, prompts, heard, strict=True)):
             assert listener.ids == generated(room.alone[name], ids, 8 + i), (name, len(ids))
+
+    asyncio.run(everything())
+
+
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+def test_an_adapter_whose_numbers_break_harms_nobody(room: Room, value: float) -> None:
+    prompts = prompts_of((9, 30, 4, 12, 8, 5))
+
+    async def everything() -> None:
+        for name, path in room.paths.items():
+            await room.adapters.put(name, path)
+        good = next(iter(room.adapters._loaded.values()))
+        model = room.adapters._model
+        factors = {
+            path: Factors(
+                A_RI=torch.full_like(layer.lora_A[good.routed_as].weight, value),
+                B_OR=layer.lora_B[good.routed_as].weight.detach().clone(),
+                scaling=1.0,
+            )
+            for path, layer in model.get_base_model().named_modules()
+            if hasattr(layer, "lora_A") and good.routed_as in layer.lora_A
+        }
+        hang = room.engine.between_steps(lambda: routing.hang(model, "evil", factors))
+        await asyncio.wrap_future(hang)
+        running = [
+            asyncio.create_task(ask(room, name, ids, 60))
+            for name, ids in zip(("", "r4", "r8"), prompts, strict=False)
+        ]
+        evil = Listener()
+        room.engine.submit(job(prompts[3], 30, adapter="evil"), evil)
+        while not evil.end:
+            await asyncio.sleep(0.01)
+        late = await ask(room, "", prompts[4], 10)  # where the broken numbers were
+        heard = [*(await asyncio.gather(*running)), late]
+        assert evil.end == "error"
+        for name, ids, listener in zip(("", "r4", "r8"), prompts, heard, strict=False):
+            assert listener.ids == generated(room.alone[name], ids, 60), name
+        assert late.ids == generated(room.alone[""], prompts[4], 10)
 
     asyncio.run(everything())
 

@@ -93,13 +93,15 @@ class Router:
             self._groups = _merge_neighbours(spans)
         return self._groups
 
-    def mask(self, stack: "_Stack", groups: list[tuple[str, int, int]], like_TS: Tensor) -> Tensor:
-        """(T, S) ones where a token's adapter owns the hidden feature, shared by like layers."""
+    def foreign(
+        self, stack: "_Stack", groups: list[tuple[str, int, int]], like_TS: Tensor
+    ) -> Tensor:
+        """(T, S) true where the hidden feature is another adapter's, shared by like layers."""
         mask_TS = self._masks.get(stack.key)
         if mask_TS is None:
-            mask_TS = torch.zeros_like(like_TS)
+            mask_TS = torch.ones_like(like_TS, dtype=torch.bool)
             for name, start, stop in groups:
-                mask_TS[start:stop, stack.columns[name]] = 1
+                mask_TS[start:stop, stack.columns[name]] = False
             self._masks[stack.key] = mask_TS
         return mask_TS
 
@@ -174,7 +176,8 @@ def _add_stacked(layer: Any, out: Tensor, x: Tensor, groups: list[tuple[str, int
     if stack is None or stack.names != names:
         stack = layer._loray_stack = _Stack(layer, names, out.dtype)
     h_TS = x.reshape(-1, x.shape[-1]) @ stack.A_IS
-    h_TS *= layer._loray_router.mask(stack, groups, h_TS)
+    # Not a product: what another adapter makes of this token may be infinite.
+    h_TS.masked_fill_(layer._loray_router.foreign(stack, groups, h_TS), 0)
     out.view(-1, out.shape[-1]).addmm_(h_TS, stack.B_SO)
     return out
 
