@@ -163,11 +163,13 @@ def test_a_deployed_config_is_updated_without_a_failed_request(
             crowd = Crowd(url, tiny_base.name)
             try:
                 crowd.wait_for(40, process)
-                tree["applications"][0]["args"]["recipe"]["limits"]["rows"] = 3
+                assert capacity(url) == 1024
+                tree["applications"][0]["args"]["recipe"]["limits"]["kv_tokens"] = 2048
                 plan.write_text(yaml.safe_dump(tree))
                 status, _, err = call(words, tmp_path, extra)
                 assert status == 0, err
-                crowd.wait_for(400, process)
+                wait_until(lambda: capacity(url) == 2048, process)
+                crowd.wait_for(40, process)
             finally:
                 crowd.end()
                 process.kill()
@@ -182,3 +184,9 @@ def answers(url: str) -> bool:
         return requests.get(f"{url}/healthz", timeout=5).ok
     except requests.RequestException:
         return False
+
+
+def capacity(url: str) -> int:
+    """Tokens that the cache of the replica that answers has room for."""
+    lines = requests.get(f"{url}/metrics", timeout=30).text.splitlines()
+    return int(float(next(x for x in lines if x.startswith("loray_kv_capacity")).split()[-1]))
