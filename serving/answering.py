@@ -19,7 +19,6 @@ from serving.grammar import Grammars
 from serving.schema import ChatRequest, CompletionRequest
 from serving.service import Asked, Piece, Served, Service
 
-_POLL_S = 0.05
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -159,8 +158,8 @@ async def _unless_gone(request: Request, work: Any) -> Any:
     task = asyncio.ensure_future(work)
 
     async def watch() -> None:
-        while not await request.is_disconnected():
-            await asyncio.sleep(_POLL_S)
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
 
     watcher = asyncio.create_task(watch())
     try:
