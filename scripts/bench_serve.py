@@ -395,7 +395,8 @@ class InProcess:
         version = self.run(self.adapters.acquire(adapter)) if adapter else None
         job = Job(
             prompt_ids=prompt, sampling=Sampling(temperature=0), max_new_tokens=tokens,
-            stop_ids=frozenset(), adapter=version.routed_as if version else "", model=adapter, key=adapter,
+            stop_ids=frozenset(), adapter=version.routed_as if version else "", model=adapter,
+            key=adapter,
         )  # fmt: skip
         self.replica.service.base.engine.submit(job, steps.put)
         while not steps.get().end:
