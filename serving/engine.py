@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cluster.errors import LorayError
-from serving import kv, sampling
+from serving import head, kv, sampling
 from serving.config import Limits
 from serving.kv import Columns, KeyValues
 from serving.prefix import Prefixes
@@ -126,6 +126,7 @@ class Engine:
         self._model = model.eval()
         bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self._bare: PreTrainedModel = bare
+        head.quicken(bare)
         self._router = router
         self._autocast = autocast
         self._on_step = on_step

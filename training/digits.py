@@ -14,6 +14,7 @@ T rows, K features that are summed over, O output features; S is 3 T, the rows o
 
 import functools
 import threading
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -42,20 +43,27 @@ def matmul(x_TK: Tensor, weight_KO: Tensor, scale_O: Tensor | None) -> Tensor:
     A row that holds an infinity or a NaN comes out as NaN.
     """
     rows, features = x_TK.shape
-    out_TO = torch.empty(rows, weight_KO.shape[1])
+    outputs = weight_KO.shape[1]
+    out_TO = torch.empty(rows, outputs)
     x, out = x_TK.detach().contiguous().numpy(), out_TO.numpy()
-    scale = np.ones(weight_KO.shape[1], np.float32) if scale_O is None else scale_O.numpy()
+    scale = np.ones(outputs, np.float32) if scale_O is None else scale_O.numpy()
     for start in range(0, rows, _ROWS):
         stop = min(start + _ROWS, rows)
-        size = 3 * (stop - start)
-        digits_SK = _scratch.digits(size, features)
-        step_T = np.empty(stop - start)
-        _cut(x[start:stop], digits_SK.numpy(), step_T)
-        product_SO = torch._int_mm(
-            digits_SK, weight_KO, out=_scratch.product(size, weight_KO.shape[1])
-        )
-        _join(product_SO.numpy(), step_T, scale, out[start:stop])
+        room = _scratch.room(stop - start, features, outputs)
+        _cut(x[start:stop], room.digits, room.step_T)
+        torch._int_mm(room.digits_SK, weight_KO, out=room.product_SO)
+        _join(room.product, room.step_T, scale, out[start:stop])
     return out_TO
+
+
+class _Room(NamedTuple):
+    """Memory for one product, and the same seen by numpy."""
+
+    digits_SK: Tensor
+    product_SO: Tensor
+    digits: NDArray[np.int8]
+    product: NDArray[np.int32]
+    step_T: NDArray[np.float64]
 
 
 class _Scratch(threading.local):
@@ -64,18 +72,25 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self._digits = torch.empty(0, dtype=torch.int8)
         self._product = torch.empty(0, dtype=torch.int32)
+        self._rooms: dict[tuple[int, int, int], _Room] = {}
 
-    def digits(self, rows: int, columns: int) -> Tensor:
-        """(rows, columns) int8."""
-        if self._digits.numel() < rows * columns:
-            self._digits = torch.empty(rows * columns, dtype=torch.int8)
-        return self._digits[: rows * columns].view(rows, columns)
-
-    def product(self, rows: int, columns: int) -> Tensor:
-        """(rows, columns) int32."""
-        if self._product.numel() < rows * columns:
-            self._product = torch.empty(rows * columns, dtype=torch.int32)
-        return self._product[: rows * columns].view(rows, columns)
+    def room(self, rows: int, features: int, outputs: int) -> _Room:
+        """For `rows` rows, which have three digits each."""
+        found = self._rooms.get((rows, features, outputs))
+        if found is not None:
+            return found
+        size = 3 * rows
+        if self._digits.numel() < size * features:
+            self._digits = torch.empty(size * features, dtype=torch.int8)
+            self._rooms.clear()
+        if self._product.numel() < size * outputs:
+            self._product = torch.empty(size * outputs, dtype=torch.int32)
+            self._rooms.clear()
+        digits_SK = self._digits[: size * features].view(size, features)
+        product_SO = self._product[: size * outputs].view(size, outputs)
+        made = _Room(digits_SK, product_SO, digits_SK.numpy(), product_SO.numpy(), np.empty(rows))
+        self._rooms[rows, features, outputs] = made
+        return made
 
 
 _scratch = _Scratch()
