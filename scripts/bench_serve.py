@@ -18,6 +18,7 @@ JSON on the last line.
 """
 
 import argparse
+import http.client
 import itertools
 import json
 import os
@@ -31,6 +32,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -295,9 +297,27 @@ def vllm(options: argparse.Namespace) -> dict[str, Any]:
             "--lora-modules",
             *(f"adapter{n}={options.work}/adapter{n}" for n in range(most)),
         ]
-    return over_http(
-        options, command, "demo", {"extra_body": {"ignore_eos": True}}, options.adapters
-    )
+    return over_http(options, command, "demo", {"ignore_eos": True}, options.adapters)
+
+
+def hear(body: dict[str, Any]) -> Heard:
+    """Send a request and read its stream; the client of `openai` would use a core for itself."""
+    start, times, tokens = time.perf_counter(), list[float](), 0
+    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=600)
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+    answer = connection.getresponse()
+    while line := answer.readline():
+        if line.startswith(b"data: {"):
+            chunk = json.loads(line[6:])
+            if chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
+                times.append(time.perf_counter())
+            if chunk.get("usage"):
+                tokens = chunk["usage"]["completion_tokens"]
+    connection.close()
+    if answer.status != HTTPStatus.OK:
+        sys.exit(f"the server answers {answer.status}")
+    return start, times, tokens or len(times)
 
 
 def over_http(
@@ -311,7 +331,6 @@ def over_http(
 ) -> dict[str, Any]:
     """A server that answers at PORT, asked by several clients at once. base: its model's name."""
     import requests
-    from openai import OpenAI
 
     started = time.perf_counter()
     process = subprocess.Popen(  # noqa: S603
@@ -331,22 +350,15 @@ def over_http(
             if process.poll() is not None:
                 sys.exit("the server ended")
         print(f"ready after {time.perf_counter() - started:.1f} s", file=sys.stderr)
-        client: Any = OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", timeout=600)
         asked = prompts(options)
 
         def ask(number: int, count: int) -> Heard:
-            start, times, tokens = time.perf_counter(), list[float](), 0
-            stream = client.chat.completions.create(
-                model=f"adapter{number % count}" if count else base, messages=asked[number],
-                max_tokens=options.tokens, temperature=0, stream=True,
-                stream_options={"include_usage": True}, **more,
-            )  # fmt: skip
-            for chunk in stream:
-                if chunk.choices and chunk.choices[0].delta.content:
-                    times.append(time.perf_counter())
-                if chunk.usage:
-                    tokens = chunk.usage.completion_tokens
-            return start, times, tokens or len(times)
+            body = {
+                "model": f"adapter{number % count}" if count else base, "messages": asked[number],
+                "max_tokens": options.tokens, "temperature": 0, "stream": True,
+                "stream_options": {"include_usage": True}, **more,
+            }  # fmt: skip
+            return hear(body)
 
         return measured(options, ask, counts)
     finally:

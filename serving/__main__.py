@@ -61,8 +61,14 @@ def serve(
     from cluster import session  # seconds that bad usage must not cost
 
     stop = threading.Event()
+
+    def ask_to_stop(*_: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, ask_to_stop)
     with session.environment(_PRIVATE_RAY), session.connect(address) as ray_session:
         from ray import serve as ray_serve
 
@@ -78,7 +84,8 @@ def serve(
             url = f"http://{recipe.http.host}:{recipe.http.port}/v1"
             say(f"serving {recipe.model_name} at {url} after {time.perf_counter() - started:.0f} s")
             stop.wait()
-            say("stopping: answers that run may end")
+            say("stopping: answers that run may end; Ctrl-C again stops at once")
+            ray_serve.delete("loray")  # `shutdown` alone ends the proxy under them
         finally:
             ray_serve.shutdown()
 

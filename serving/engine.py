@@ -416,7 +416,8 @@ class Engine:
             row = min(range(len(self._rows)), key=lambda row: self._rows[row].num_new)
             answer = self._rows[row]
             with self._changed:
-                self.waiting.put_back(answer, key=answer.job.key, model=answer.job.model)
+                job = answer.job
+                self.waiting.put_back(answer, key=job.key, model=job.model, deadline=job.deadline)
             self._take_away(row)
 
     def _decode(self) -> None:

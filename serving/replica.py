@@ -110,11 +110,14 @@ class Replica:
     async def _serve(self, name: str, entry: Entry) -> None:
         directory, service = Path(entry.path), self.service
         merged: Served | None = None
-        if entry.mode == "merged":
+        mode = entry.mode
+        if mode == "auto" and adapters.read_config(directory).variant == "dora":
+            mode = "merged"  # cannot share a batch
+        if mode == "merged":
             merged = await asyncio.to_thread(self._open_merged, name, directory)
         else:
             await service.adapters.put(name, directory)
-            if entry.mode == "auto":
+            if mode == "auto":
                 merged = await self._faster(name, directory)
         old = service.fixed.pop(name, None)
         if merged is not None:

@@ -171,9 +171,9 @@ class Waiting(Generic[T]):
             self._models[key].join(model)
         self._flows[key, model][place.number] = place
 
-    def put_back(self, item: T, *, key: str, model: str) -> None:
+    def put_back(self, item: T, *, key: str, model: str, deadline: float | None = None) -> None:
         """Queue an item that was taken once more, before all others and beyond all bounds."""
-        place = self._place(item, key, model, 0, None, is_back=True)
+        place = self._place(item, key, model, 0, deadline, is_back=True)
         self._back[place.number] = place
 
     def take(self, accept: Callable[[T], bool] = lambda _: True) -> T | None:

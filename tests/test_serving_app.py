@@ -109,6 +109,30 @@ def test_a_server_under_ray_serve_answers_changes_adapters_and_ends_cleanly(
     assert secret not in out + err
 
 
+@pytest.mark.ray
+def test_a_server_that_is_told_to_stop_ends_its_answers_first(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    limits = {"rows": 4, "context_tokens": 2048, "kv_tokens": 4096}
+    path, url = write(tmp_path, tiny_base, limits=limits)
+    process = start(["serving", path.name], tmp_path)
+    try:
+        wait_for(f"{url}/healthz", process)
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        chunks = client.completions.create(
+            model=tiny_base.name, prompt="a", temperature=0, max_tokens=2000, stream=True,
+            logit_bias={"72": 100}, stream_options={"include_usage": True},
+        )  # fmt: skip
+        next(chunks)
+    finally:
+        os.kill(process.pid, signal.SIGINT)
+    usage = [chunk.usage for chunk in chunks][-1]
+    status, _, err = finish(process)
+    assert status == 0, err
+    assert usage
+    assert usage.completion_tokens == 2000
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [

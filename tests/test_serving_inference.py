@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import peft
 import pytest
 import requests
+import torch
 from server import Running, serving
-from test_training_adapter import make_adapter
+from test_training_adapter import load, make_adapter
 
 CHAT: Any = [{"role": "user", "content": "Say red please"}]
 
@@ -184,6 +186,26 @@ def test_adapters_come_and_go_while_others_answer(running: Running, base: str) -
         for thread in threads:
             thread.join()
     assert not problems
+
+
+def test_a_dora_adapter_is_refused_live_and_served_merged(
+    running: Running, tiny_base: Path, tmp_path: Path
+) -> None:
+    root = Path(running.replica.registry.entries()["team/first:v1"].path).parent
+    directory = make_adapter(root / "dora", tiny_base, seed=3, use_dora=True)
+    refused = running.post("/v1/adapters", {"name": "dora", "path": "dora", "mode": "live"})
+    assert refused.status_code == 400
+    assert "serve it merged" in refused.json()["error"]["message"]
+    model = peft.PeftModel.from_pretrained(load(tiny_base), str(directory)).eval()
+    tokenizer = running.replica.service.base.tokenizer
+    prompt = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True)
+    ids = torch.tensor([prompt["input_ids"]])
+    told = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    adapters = [{"name": "dora", "path": str(directory), "mode": "auto"}]
+    with serving(tmp_path, tiny_base, adapters=adapters) as server:
+        text = ask(server, "dora").choices[0].message.content
+        assert text == tokenizer.decode(told, skip_special_tokens=True)
+        assert text != ask(server, tiny_base.name).choices[0].message.content
 
 
 @pytest.mark.parametrize(

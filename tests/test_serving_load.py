@@ -158,6 +158,21 @@ def test_a_hundred_clients_that_vanish_leave_nothing(running: Running) -> None:
     until(lambda: process.num_fds() <= files + 2)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_has_its_place_freed_at_once(running: Running, stream: bool) -> None:
+    engine = running.replica.service.base.engine
+    took: list[float] = []
+    for _ in range(20):
+        client = raw_request(running, long_answer(running, stream=stream))
+        until(lambda: engine.num_running > 0)
+        started = time.monotonic()
+        client.close()
+        until(lambda: engine.num_running == 0)
+        took.append(time.monotonic() - started)
+        assert engine.kv_tokens == 0
+    assert sorted(took)[len(took) // 2] < 0.1, took
+
+
 def test_a_client_that_never_reads_holds_up_nobody(running: Running) -> None:
     engine = running.replica.service.base.engine
     slow = [raw_request(running, long_answer(running, max_tokens=400)) for _ in range(3)]

@@ -261,6 +261,18 @@ def test_what_is_put_back_goes_first_beyond_all_bounds_and_is_paid_for() -> None
     assert drain(queue) == [3, 1, 2]  # k had its turn, and one only
 
 
+def test_what_is_put_back_keeps_its_deadline() -> None:
+    now = [0.0]
+    queue: Waiting[str] = Waiting(max_items=9, max_per_key=9, max_per_model=9, clock=lambda: now[0])
+    queue.put("a", key="k", model="m", cost=1, deadline=5.0)
+    assert queue.take() == "a"
+    queue.put_back("a", key="k", model="m", deadline=5.0)
+    assert queue.expired() == []
+    now[0] = 5.0
+    assert queue.expired() == ["a"]
+    assert len(queue) == 0
+
+
 def test_of_those_put_back_the_latest_goes_first() -> None:
     queue = make()
     queue.put("waits", key="k", model="m", cost=1)

@@ -1,6 +1,7 @@
 """Routed LoRA against PEFT's own forward, and adapters side by side against each alone."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +92,45 @@ def test_rows_go_to_their_adapters_and_one_name_takes_them_all(tiny_base: Path) 
     with router.by_row(["other"]):
         assert not torch.allclose(model(input_ids=ids, use_cache=False).logits[0], mixed[0])
     assert router.rows is None
+
+
+def test_frozen_adapters_are_stacked_once_for_all_that_come_back(tiny_base: Path) -> None:
+    model, router = build_two(tiny_base)
+    ids = torch.randint(0, 255, (3, 4), generator=torch.Generator().manual_seed(0))
+    layer: Any = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+
+    def logits(*names: str) -> torch.Tensor:
+        with torch.no_grad(), router.by_row(names):
+            return model(input_ids=ids[: len(names)], use_cache=False).logits
+
+    batches = [
+        ("default", "other", "default"), ("default", "nobody"), ("nobody", "other"),
+        ("nobody", "noone"), ("other", "default"),
+    ]  # fmt: skip
+    expected = [logits(*names) for names in batches]
+    router.is_frozen = True
+    for count, (names, logits_BLV) in enumerate(zip(batches, expected, strict=True)):
+        stack = layer.__dict__.get("_loray_stack")
+        torch.testing.assert_close(logits(*names), logits_BLV, rtol=0, atol=1e-6)
+        if count in (1, 2):  # as wide as twice what is wanted: kept
+            assert layer._loray_stack is stack
+    assert set(layer._loray_stack.columns) == {"default", "other"}
+
+
+def test_a_stack_follows_the_adapters_that_are_taken_down(tiny_base: Path) -> None:
+    model, router = build_two(tiny_base)
+    ids = torch.randint(0, 255, (2, 4), generator=torch.Generator().manual_seed(0))
+    router.is_frozen = True
+    with torch.no_grad():
+        with router.by_row(["default", "other"]):
+            before = model(input_ids=ids, use_cache=False).logits
+        routing.take_down(model, "other")
+        with router.by_row(["default", "other"]):
+            after = model(input_ids=ids, use_cache=False).logits
+        with router.by_row(["default", "nobody"]):
+            expected = model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(after, expected)
+    assert not torch.allclose(after[1], before[1])
 
 
 def test_an_adapter_never_runs_over_a_neighbour_that_a_layer_does_not_know(tiny_base: Path) -> None:
