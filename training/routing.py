@@ -56,8 +56,6 @@ class Router:
         self.is_frozen = is_frozen
         self.spans: tuple[Span, ...] | None = None
         self.rows: tuple[str, ...] | None = None
-        self.names: tuple[str, ...] = ()
-        """Of the rows, each once; the same object for as long as they are the same."""
         self._groups: list[tuple[str, int, int]] | None = None
         self._masks: dict[tuple[object, ...], Tensor] = {}
 
@@ -75,9 +73,6 @@ class Router:
     def by_row(self, adapters: Sequence[str]) -> Iterator[None]:
         """Route row i of every batch inside the block to adapters[i]; one name takes all rows."""
         self.rows = tuple(adapters)
-        names = tuple(sorted(set(adapters)))
-        if names != self.names:
-            self.names = names
         self._groups = None
         self._masks.clear()
         try:
@@ -98,14 +93,15 @@ class Router:
             self._groups = _merge_neighbours(spans)
         return self._groups
 
-    def foreign(self, stack: "_Stack", like_TS: Tensor) -> Tensor:
+    def foreign(
+        self, stack: "_Stack", groups: list[tuple[str, int, int]], like_TS: Tensor
+    ) -> Tensor:
         """(T, S) true where the hidden feature is another adapter's, shared by like layers."""
         mask_TS = self._masks.get(stack.key)
-        if mask_TS is None or len(mask_TS) != len(like_TS):
+        if mask_TS is None:
             mask_TS = torch.ones_like(like_TS, dtype=torch.bool)
-            for name, start, stop in self.groups(len(like_TS)) or ():
-                if name in stack.columns:
-                    mask_TS[start:stop, stack.columns[name]] = False
+            for name, start, stop in groups:
+                mask_TS[start:stop, stack.columns[name]] = False
             self._masks[stack.key] = mask_TS
         return mask_TS
 
@@ -134,8 +130,6 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     x = x.to(out.dtype)  # under autocast the base has computed in half precision
     router: Router = layer._loray_router
     tokens = x.numel() // x.shape[-1]
-    if router.is_frozen and router.rows and len(router.names) > 1 and tokens <= _FEW_TOKENS:
-        return _add_stacked(layer, out, x)
     groups = router.groups(tokens)
     if groups is None:
         groups = [(name, 0, tokens) for name in layer.active_adapters]
@@ -144,6 +138,8 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     groups = [group for group in groups if group[0] in names]
     if not groups:
         return out
+    if router.is_frozen and len(groups) > 1 and tokens <= _FEW_TOKENS:
+        return _add_stacked(layer, out, x, groups)
     weights: list[Tensor] = []
     for name, _, _ in groups:
         weights += [layer.lora_A[name].weight, layer.lora_B[name].weight]
@@ -157,10 +153,9 @@ class _Stack:
 
     def __init__(self, layer: Any, names: Sequence[str], dtype: torch.dtype) -> None:
         factors = [(layer.lora_A[name].weight, layer.lora_B[name].weight) for name in names]
+        self.A_IS = torch.cat([A_RI for A_RI, _ in factors]).to(dtype).t()
         scaled = [B * layer.scaling[n] for n, (_, B) in zip(names, factors, strict=True)]
-        if names:
-            self.A_IS = torch.cat([A_RI for A_RI, _ in factors]).to(dtype).t()
-            self.B_SO = torch.cat(scaled, dim=1).to(dtype).t()
+        self.B_SO = torch.cat(scaled, dim=1).to(dtype).t()
         ranks = tuple(len(A_RI) for A_RI, _ in factors)
         stops = list(itertools.accumulate(ranks))
         self.columns = {
@@ -168,43 +163,35 @@ class _Stack:
             for name, rank, stop in zip(names, ranks, stops, strict=True)
         }
         self.key = (*names, *ranks)
-        self.good_for: tuple[str, ...] | None = None
-        """`Router.names` which it was last found to serve."""
 
 
-def _add_stacked(layer: Any, out: Tensor, x: Tensor) -> Tensor:
-    """All rows' adapters in two products instead of two for each: few tokens of many adapters.
+def _add_stacked(layer: Any, out: Tensor, x: Tensor, groups: list[tuple[str, int, int]]) -> Tensor:
+    """All groups in two products instead of two for each: few tokens of many adapters.
 
     Every token meets every adapter of the stack, and all but its own are masked out in between.
     """
-    router: Router = layer._loray_router
-    stack: _Stack | None = layer.__dict__.get("_loray_stack")
-    if stack is None or stack.good_for is not router.names:
-        stack = layer._loray_stack = _stack_for(layer, stack, router.names, out.dtype)
-    if not stack.columns:
-        return out
+    stack = _stack_for(layer, {name for name, _, _ in groups}, out.dtype)
     h_TS = x.reshape(-1, x.shape[-1]) @ stack.A_IS
     # Not a product: what another adapter makes of this token may be infinite.
-    h_TS.masked_fill_(router.foreign(stack, h_TS), 0)
+    h_TS.masked_fill_(layer._loray_router.foreign(stack, groups, h_TS), 0)
     out.view(-1, out.shape[-1]).addmm_(h_TS, stack.B_SO)
     return out
 
 
-def _stack_for(
-    layer: Any, old: _Stack | None, asked: tuple[str, ...], dtype: torch.dtype
-) -> _Stack:
-    """A stack with all of `asked` that the layer knows: the old one, if it is not too wide.
+def _stack_for(layer: Any, names: set[str], dtype: torch.dtype) -> _Stack:
+    """A stack of `names`, and of those before them while it is at most twice as wide.
 
     To make one costs as much as some steps, and traffic comes back to the adapters that it left.
     """
-    wanted = [name for name in asked if name in layer.lora_A]
+    old: _Stack | None = layer.__dict__.get("_loray_stack")
     have = old.columns.keys() if old is not None else set[str]()
-    both = sorted({*have, *wanted})
-    if len(both) > 2 * len(wanted):
-        both = wanted
-    stack = old if old is not None and have == set(both) else _Stack(layer, both, dtype)
-    stack.good_for = asked
-    return stack
+    both = have | names
+    if len(both) > 2 * len(names):
+        both = names
+    if old is not None and have == both:
+        return old
+    layer._loray_stack = _Stack(layer, sorted(both), dtype)
+    return layer._loray_stack
 
 
 def hang(model: PeftModel, name: str, factors: Mapping[str, Factors]) -> None:
