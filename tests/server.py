@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,3 +77,11 @@ def serving(
         thread.join(30)
         replica.close()
         assert not thread.is_alive(), "the server does not end"
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what must come soon."""
+    deadline = time.monotonic() + _START_S
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened in time"
+        time.sleep(0.005)

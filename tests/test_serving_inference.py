@@ -13,7 +13,7 @@ import peft
 import pytest
 import requests
 import torch
-from server import Running, serving
+from server import Running, serving, until
 from test_training_adapter import load, make_adapter
 
 CHAT: Any = [{"role": "user", "content": "Say red please"}]
@@ -270,6 +270,7 @@ def test_paths_that_lead_elsewhere_or_to_nothing_are_refused(running: Running, p
 
 def test_a_client_that_goes_away_frees_its_place_at_once(running: Running, base: str) -> None:
     engine = running.replica.service.base.engine
+    took: list[float] = []
     host, port = running.url.removeprefix("http://").split(":")
     letter = str(ids_of(running, "A")[0])  # an answer that does not end by itself
     for is_stream in (True, False):
@@ -284,10 +285,12 @@ def test_a_client_that_goes_away_frees_its_place_at_once(running: Running, base:
                     b"Content-Type: application/json\r\n"
                     b"Content-Length: " + str(len(body)).encode() + b"\r\n\r\n" + body
                 )
-                _until(lambda: engine.num_running > 0)
+                until(lambda: engine.num_running > 0)
             gone = time.monotonic()
-            _until(lambda: engine.num_running == 0)
-            assert time.monotonic() - gone < 1.0
+            until(lambda: engine.num_running == 0)
+            took.append(time.monotonic() - gone)
+    assert max(took) < 1.0
+    assert sorted(took)[len(took) // 2] < 0.1, took
     assert engine.kv_tokens == 0
     assert len(engine.waiting) == 0
 
@@ -311,7 +314,7 @@ def test_a_full_queue_is_answered_with_when_to_come_again(tmp_path: Path, tiny_b
         ]
         for number, thread in enumerate(threads):
             thread.start()
-            _until(lambda n=number: base.engine.num_running + len(base.engine.waiting) > n)
+            until(lambda n=number: base.engine.num_running + len(base.engine.waiting) > n)
         refused = running.post("/v1/chat/completions", {**body, "max_tokens": 1})
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "server_is_overloaded"
@@ -360,10 +363,3 @@ def test_an_adapter_that_was_served_is_served_after_a_restart(
         text = ask(running, "kept").choices[0].message.content
     with serving(tmp_path, tiny_base) as running:
         assert ask(running, "kept").choices[0].message.content == text
-
-
-def _until(condition: Any) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened in time"
-        time.sleep(0.005)
