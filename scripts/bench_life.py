@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
+import torch
 from bench_serve import InProcess, make_adapters
 from safetensors.torch import load_file, save_file
 
@@ -34,6 +35,7 @@ def main() -> None:
     slots = parser.parse_args().slots
     with tempfile.TemporaryDirectory(prefix="loray-bench-") as name:
         work = Path(name)
+        torch.set_num_threads(1)  # a second pool of threads in this process would slow the engine's
         make_adapters(work, slots + 1)
         served = InProcess(work, slots + 1, rows=8, adapters=slots)
         try:

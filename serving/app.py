@@ -1,6 +1,5 @@
 """The shell under Ray Serve: one deployment, whose replicas each hold an engine."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,6 @@ _ONGOING_PER_ROW = 64
 """Requests that Serve lets into a replica at once, for each row: our own queue is the fair one."""
 _HEALTH_PERIOD_S = 5.0
 _DRAIN_S = 600.0
-_SWITCH_S = 1e-4
-"""How long a thread may keep another from running Python, by default 5 ms: of the engine's step and
-what is sent of the one before, each waits for the other that long. Worth a tenth of the speed."""
 
 
 @serve.deployment
@@ -32,7 +28,6 @@ class Server:
         from serving.metrics import Metrics
         from serving.replica import open_replica
 
-        sys.setswitchinterval(_SWITCH_S)
         recipe = config.build(ServeRecipe, tree, where="serve")
         self._metrics = Metrics(known=[recipe.model_name])
         self._replica = open_replica(recipe, Path(directory), on_step=self._metrics.step)
