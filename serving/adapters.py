@@ -86,6 +86,9 @@ class Adapters:
         self._limits = limits
         self._clock = clock
         self._tokenizer = models.tokenizer_fingerprint(base.tokenizer)
+        # Read once: proving an adapter must not walk modules that the engine's thread changes.
+        self._features = adapters.features_of(model.get_base_model())
+        self._dtype = next(p for n, p in model.named_parameters() if "lora_A" in n).dtype
         self._paths: dict[str, Path] = {}
         self._loaded: dict[str, Version] = {}
         self._leaving: set[Version] = set()
@@ -224,13 +227,13 @@ class Adapters:
             )
         adapters.check_base(directory, self._base.fingerprint, self._base.name, is_chosen=False)
         adapters.check_tokenizer(directory, self._tokenizer)
-        adapters.check_fits(config, self._model.get_base_model())
+        adapters.check_fits(config, self._features)
         tensors = adapters.read_tensors(config)
-        dtype = next(p for n, p in self._model.named_parameters() if "lora_A" in n).dtype
+        device, dtype = self._base.device, self._dtype
         factors = {
             name: Factors(
-                A_RI=tensors[f"base_model.model.{name}.lora_A.weight"].to(self._base.device, dtype),
-                B_OR=tensors[f"base_model.model.{name}.lora_B.weight"].to(self._base.device, dtype),
+                A_RI=tensors[f"base_model.model.{name}.lora_A.weight"].to(device, dtype),
+                B_OR=tensors[f"base_model.model.{name}.lora_B.weight"].to(device, dtype),
                 scaling=layer.scaling,
             )
             for name, layer in config.layers.items()

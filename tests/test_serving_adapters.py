@@ -140,6 +140,37 @@ def test_an_adapter_is_switched_under_its_own_requests_and_none_is_dropped(
     assert len(texts) == 1
 
 
+def test_proving_leaves_the_model_alone_that_the_engine_changes(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters: Any = running.replica.service.adapters
+    with monkeypatch.context() as patch:  # walked meanwhile, its modules change under the walker
+        patch.setattr(adapters, "_model", None)
+        config, factors, _ = adapters._prove(tmp_path / "b")
+    assert set(factors) == set(config.layers)
+
+
+def test_adapters_that_are_added_at_once_are_all_there(running: Running) -> None:
+    problems: list[str] = []
+
+    def add(name: str, path: str) -> None:
+        for _ in range(8):
+            answer = running.post("/v1/adapters", {"name": name, "path": path})
+            if not answer.ok:
+                problems.append(answer.text)
+
+    texts = {name: ask(running, name, 20) for name in "abc"}
+    threads = [threading.Thread(target=add, args=(f"new-{name}", name)) for name in "abc"]
+    for thread in threads:
+        thread.start()
+    for _ in range(5):
+        assert {name: ask(running, name, 20) for name in "abc"} == texts
+    for thread in threads:
+        thread.join()
+    assert not problems
+    assert {name: ask(running, f"new-{name}", 20) for name in "abc"} == texts
+
+
 def test_an_adapter_of_another_base_is_refused_by_its_manifest(
     running: Running, tmp_path: Path
 ) -> None:

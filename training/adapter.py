@@ -183,7 +183,7 @@ def attach(
     config = read_config(directory)
     wrapped = base_model if isinstance(base_model, PeftModel) else None
     base = wrapped.get_base_model() if wrapped is not None else base_model
-    check_fits(config, base)
+    check_fits(config, features_of(base))
     tensors = read_tensors(config, allow_untrained=allow_untrained)
     settings = _peft_config(config, getattr(base, "name_or_path", None))
     with warnings.catch_warnings():
@@ -320,22 +320,28 @@ def _peft_config(config: AdapterConfig, base: str | None) -> peft.LoraConfig:
     )
 
 
-def check_fits(config: AdapterConfig, base: nn.Module) -> None:
-    """Raises AdapterError where a layer of the adapter is not in `base`, or has other features."""
+Features = Mapping[str, tuple[int, int] | None]
+"""Of each module, what it maps to what; None where it is no linear layer."""
+
+
+def features_of(base: nn.Module) -> Features:
+    """The features of all modules of a base, whether or not its layers carry adapters."""
     # In a PeftModel the linear layers that carry adapters are called `<name>.base_layer`.
-    modules = {n.removesuffix(".base_layer"): m for n, m in base.named_modules()}
+    return {n.removesuffix(".base_layer"): _features(m) for n, m in base.named_modules()}
+
+
+def check_fits(config: AdapterConfig, base: Features) -> None:
+    """Raises AdapterError where a layer of the adapter is not in a base, or has other features."""
     for name, layer in config.layers.items():
-        module = modules.get(name)
-        if module is None:
+        if name not in base:
             raise AdapterError(
                 f"{config.directory}: the adapter changes {name}, which this base does not have; "
                 f"it was trained on {config.base}: load that base, or another adapter"
             )
-        features = _features(module)
-        if features != (layer.in_features, layer.out_features):
+        if base[name] != (layer.in_features, layer.out_features):
             raise AdapterError(
                 f"{config.directory}: the adapter's {name} maps {layer.in_features} to "
-                f"{layer.out_features} features, the base's {features}; it was trained on "
+                f"{layer.out_features} features, the base's {base[name]}; it was trained on "
                 f"{config.base}: load that base, or another adapter"
             )
 
