@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from cluster.errors import AdapterError
 
 _TOKENS = 8
-_LONG = 128
+_LONG = 256
+_PAUSE_S = 0.5
 _POISONS = 20
 
 
@@ -67,7 +68,7 @@ def evictions(served: InProcess, slots: int) -> None:
 
 
 def loads(served: InProcess, work: Path, slots: int) -> None:
-    """Gaps between the tokens of one answer, alone and while adapters are loaded."""
+    """Gaps between the tokens of one answer, alone and while adapters are loaded now and then."""
     say(f"tokens of one answer, nothing else: {gaps(served.ask('', _LONG))}")
     over, took = threading.Event(), list[float]()
 
@@ -76,6 +77,7 @@ def loads(served: InProcess, work: Path, slots: int) -> None:
             began = time.perf_counter()
             served.run(served.adapters.put("moving", work / f"adapter{len(took) % slots}"))
             took.append(time.perf_counter() - began)
+            over.wait(_PAUSE_S)
 
     loader = threading.Thread(target=load_on)
     loader.start()
@@ -83,8 +85,8 @@ def loads(served: InProcess, work: Path, slots: int) -> None:
     over.set()
     loader.join()
     say(
-        f"while {len(took)} adapters are loaded ({1000 * statistics.median(took):.0f} ms each): "
-        f"{text}"
+        f"while {len(took)} adapters are loaded one by one "
+        f"({1000 * statistics.median(took):.0f} ms each): {text}"
     )
 
 
