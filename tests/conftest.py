@@ -1,6 +1,7 @@
 """Fixtures shared by all tests. Nothing here needs a network or a model hub."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -9,6 +10,10 @@ from pathlib import Path
 
 import pytest
 from tiny import make_base
+
+# A shell without job control has what it starts in the background ignore Ctrl-C, and children of
+# that too; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
