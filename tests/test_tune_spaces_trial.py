@@ -40,6 +40,7 @@ class Wire:
         self.names = tuple(f"bench{number}" for number in range(num_benches))
         self.benches = {name: self._start(name) for name in self.names}
         self.turns = threading.Lock()
+        """For what draws from torch's generator, which benches share only here."""
         self.calls: list[tuple[str, str]] = []
         self.fault: Callable[[str, str, bool], None] = lambda name, method, is_done: None
         """Called before (False) and after (True) a method of a bench; what it raises comes out."""
@@ -53,7 +54,8 @@ class Wire:
 
     def restart(self, name: str) -> None:
         self.end(name)
-        self.benches[name] = self._start(name)
+        with self.turns:
+            self.benches[name] = self._start(name)
 
     def end(self, name: str) -> None:
         actor = self.benches.pop(name)
@@ -74,7 +76,6 @@ class Wire:
     def run(self, name: str, method: str, arguments: Sequence[Any]) -> Any:
         self.calls.append((name, method))
         self.fault(name, method, False)
-        # Benches here share torch's only generator, from which new adapters are drawn.
         is_alone = len(self.names) > 1 and method in ("join", "train")
         with self.turns if is_alone else nullcontext():
             actor = self.benches.get(name)
