@@ -392,7 +392,7 @@ class InProcess:
         self, adapter: str, tokens: int, *, prompt: Sequence[int] = tuple(range(0, 224, 7))
     ) -> list[float]:
         """When an answer was asked for, and when its tokens came."""
-        from serving.engine import Job, Step
+        from serving.admission import Job, Step
         from serving.schema import Sampling
 
         steps: queue.Queue[Step] = queue.Queue()

@@ -21,8 +21,9 @@ import torch
 from peft import PeftModel
 
 from cluster.errors import AdapterError, ResourceError
+from serving.admission import NO_ADAPTER
 from serving.config import Limits
-from serving.engine import NO_ADAPTER, Engine
+from serving.engine import Engine
 from training import adapter as adapters
 from training import model as models
 from training import routing

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -28,71 +28,18 @@ from transformers import PreTrainedModel
 
 from cluster.errors import LorayError
 from serving import head, kv, sampling
+from serving.admission import Admission, Answer, End, Job, Step
 from serving.config import Limits
 from serving.kv import Columns, KeyValues
 from serving.prefix import Prefixes
-from serving.sampling import Matcher, Picker, Scored
-from serving.schema import Sampling
+from serving.sampling import Picker, Scored
 from serving.waiting import Waiting
 from training.routing import Router
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-NO_ADAPTER = ""
-"""The name under which rows of the bare base are routed."""
 _IDLE_S = 0.1
-_EXPECTED_TOKENS = 512
-"""Of an answer, for which room is kept; a longer one may send another back to the queue."""
-End = Literal["stop", "length", "cancelled", "deadline", "error"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """What one answer is to be."""
-
-    prompt_ids: Sequence[int]
-    sampling: Sampling
-    max_new_tokens: int
-    stop_ids: frozenset[int]
-    adapter: str = NO_ADAPTER
-    """What the model calls it; a new version has a new name."""
-    model: str = ""
-    """What the client calls it."""
-    key: str = ""
-    """Whose request this is; keys get equal shares of the engine."""
-    matcher: Matcher | None = None
-    num_prompt_logprobs: int | None = None
-    """Score the prompt's own tokens too, with so many of the likeliest beside."""
-    deadline: float | None = None
-    """On the engine's clock; past it the answer ends as it is."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
-    """What an answer's listener hears: a token, the prompt's scores, or the end."""
-
-    token: Scored | None = None
-    prompt: tuple[Scored, ...] = ()
-    end: End | None = None
-    error: LorayError | None = None
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
-class Answer:
-    """A job on its way."""
-
-    job: Job
-    tell: Callable[[Step], None]
-    """Called by the engine's thread; must not block."""
-    picker: Picker
-    ids: list[int]
-    """The prompt, and what was said so far."""
-    num_cached: int = 0
-    """Of those, tokens whose keys and values were there already when they were prefilled."""
-    num_new: int = 0
-    is_cancelled: bool = False
-    is_over: bool = False
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -135,9 +82,7 @@ class Engine:
         self.context_tokens = min(
             limits.context_tokens, getattr(text, "max_position_embeddings", None) or 1 << 30
         )
-        self._has_window = any(
-            kind != "full_attention" for kind in getattr(text, "layer_types", None) or ()
-        )
+        kinds = getattr(text, "layer_types", None) or ()
         self._device = next(bare.parameters()).device
         self._columns = Columns.for_model(bare)
         self._rows: list[Answer] = []
@@ -147,6 +92,9 @@ class Engine:
             max_items=limits.waiting, max_per_key=limits.waiting_per_key,
             max_per_model=limits.waiting_per_model, clock=clock,
         )  # fmt: skip
+        self._admission = Admission(
+            limits, self.waiting, has_window=any(kind != "full_attention" for kind in kinds)
+        )
         self._orders: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
@@ -289,10 +237,13 @@ class Engine:
         past: list[KeyValues] = []
         pasts: list[int] = []
         longest = 0
-        while len(self._rows) + len(group) < self.limits.rows:
-            answer = self._next(group, longest)
+        while True:
+            with self._changed:
+                answer, victim = self._admission.next(self._rows, group, longest)
             if answer is None:
                 break
+            if victim is not None:
+                self._send_back(self._rows.index(victim))
             if answer.is_cancelled:
                 self._end(answer, "cancelled")
                 continue
@@ -305,7 +256,7 @@ class Engine:
             past.append(kv.joined(found) if found else [])
             pasts.append(answer.num_cached)
             longest = max(longest, len(answer.ids) - answer.num_cached)
-            if self._is_alone(answer):
+            if self._admission.is_alone(answer):
                 break
         if not group:
             return
@@ -313,30 +264,6 @@ class Engine:
         for sequence, size in zip(past, pasts, strict=True):
             columns.join(sequence, size)
         self._filling = _Filling(answers=group, columns=columns, pasts=pasts)
-
-    def _next(self, group: Sequence[Answer], longest: int) -> Answer | None:
-        """The next of the queue that may be prefilled together with `group`."""
-        taken = [*self._rows, *group]
-        budget = self.limits.prefill_tokens
-
-        def fits(answer: Answer) -> bool:
-            most = max(_expected_tokens(one) for one in [*taken, answer])
-            if (len(taken) + 1) * most > self.limits.kv_tokens and taken:
-                return False
-            if not group:
-                return True
-            length = max(longest, len(answer.ids))
-            return not self._is_alone(answer) and (len(group) + 1) * length <= budget
-
-        with self._changed:
-            return self.waiting.take(fits)
-
-    def _is_alone(self, answer: Answer) -> bool:
-        """Whether a prompt must be prefilled by itself: in chunks, scored, or where a window of
-        attention would count the gaps between unequal prompts."""
-        job = answer.job
-        is_long = len(answer.ids) - answer.num_cached > self.limits.prefill_tokens
-        return is_long or job.num_prompt_logprobs is not None or self._has_window
 
     def _fill(self) -> None:
         """The next chunk of the prompts; where it is the last, they join the batch."""
@@ -413,12 +340,14 @@ class Engine:
         The newest goes, with what it has said, and goes on from there later. One alone stays.
         """
         while len(self._rows) > 1 and self.kv_tokens + len(self._rows) > self.limits.kv_tokens:
-            row = min(range(len(self._rows)), key=lambda row: self._rows[row].num_new)
-            answer = self._rows[row]
-            with self._changed:
-                job = answer.job
-                self.waiting.put_back(answer, key=job.key, model=job.model, deadline=job.deadline)
-            self._take_away(row)
+            self._send_back(min(range(len(self._rows)), key=lambda row: self._rows[row].num_new))
+
+    def _send_back(self, row: int) -> None:
+        answer = self._rows[row]
+        with self._changed:
+            job = answer.job
+            self.waiting.put_back(answer, key=job.key, model=job.model, deadline=job.deadline)
+        self._take_away(row)
 
     def _decode(self) -> None:
         """Every running answer, one token further."""
@@ -505,9 +434,3 @@ class Engine:
         for _, future in orders:
             if future.set_running_or_notify_cancel():
                 future.set_exception(gone)
-
-
-def _expected_tokens(answer: Answer) -> int:
-    """What an answer may come to; few clients say how long it is to be, and few are long."""
-    left = answer.job.max_new_tokens - answer.num_new
-    return len(answer.ids) + min(left, _EXPECTED_TOKENS)

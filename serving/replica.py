@@ -19,8 +19,9 @@ from filelock import FileLock
 from cluster import storage
 from cluster.errors import AdapterError, ConfigError, LorayError, StorageError
 from serving.adapters import Adapters, leave_the_cores
+from serving.admission import Job, Step
 from serving.config import ServeRecipe
-from serving.engine import Engine, Job, Step
+from serving.engine import Engine
 from serving.registry import Entry, Registry
 from serving.schema import Sampling
 from serving.service import Served, Service, created_now

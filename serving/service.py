@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from cluster.errors import DataError, LorayError
 from serving import problems
 from serving.adapters import Adapters, Version
+from serving.admission import NO_ADAPTER, Answer, Job, Step
 from serving.config import Limits
-from serving.engine import NO_ADAPTER, Answer, Engine, Job, Step
+from serving.engine import Engine
 from serving.sampling import Matcher, Scored
 from serving.schema import Sampling
 from serving.text import Detokenizer

@@ -17,8 +17,9 @@ from tiny import ARCHITECTURES, make_base
 
 from cluster.errors import LorayError
 from serving.adapters import Adapters
+from serving.admission import NO_ADAPTER, Job, Step
 from serving.config import Limits
-from serving.engine import NO_ADAPTER, Engine, Job, Step
+from serving.engine import Engine
 from serving.sampling import Scored
 from serving.schema import Sampling
 from training import adapter, routing
@@ -360,7 +361,7 @@ def test_an_engine_that_breaks_tells_everybody_and_takes_nothing_more(tmp_path: 
 def test_answers_that_outgrow_the_cache_take_turns_and_end_as_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.engine._EXPECTED_TOKENS", 10)
+    monkeypatch.setattr("serving.admission._EXPECTED_TOKENS", 10)
     base = load(make_base(tmp_path / "base"))
     engine = Engine(base.model, replace(LIMITS, kv_tokens=240))
     prompts = prompts_of((30, 25, 40, 10, 35))
@@ -375,6 +376,62 @@ def test_answers_that_outgrow_the_cache_take_turns_and_end_as_alone(
     for ids, listener in zip(prompts, heard, strict=True):
         assert listener.ids == generated(base.model, ids, 100)
         assert len(listener.tokens) == 100
+
+
+@pytest.mark.parametrize(
+    ("crowd", "guest", "makes_way"),
+    [
+        ([("a", "m")] * 4, ("b", "m"), True),
+        ([("a", f"m{number}") for number in range(4)], ("b", "m0"), True),
+        ([("a", "m")] * 4, ("a", "n"), True),
+        ([("a", "m"), ("a", "n"), ("a", "n"), ("b", "o")], ("a", "p"), True),
+        ([("a", "m")] * 4, ("a", "m"), False),
+        ([(key, "m") for key in "abcd"], ("e", "m"), False),
+        ([("a", f"m{number}") for number in range(4)], ("a", "n"), False),
+    ],
+)
+def test_whoever_has_most_of_a_full_batch_makes_way_for_who_has_nothing(
+    tmp_path: Path, crowd: list[tuple[str, str]], guest: tuple[str, str], makes_way: bool
+) -> None:
+    base = load(make_base(tmp_path / "base"))
+    engine = Engine(base.model, LIMITS)
+    prompts = prompts_of((30, 25, 40, 10, 35))
+    heard = [Listener() for _ in prompts]
+
+    def ask(number: int, whose: tuple[str, str], num_new: int) -> None:
+        key, model = whose
+        engine.submit(job(prompts[number], num_new, key=key, model=model), heard[number])
+
+    for number, whose in enumerate(crowd):
+        ask(number, whose, 60)
+        engine.step()
+    for _ in range(5):
+        engine.step()
+    ask(4, guest, 3)
+    for _ in range(2):
+        engine.step()
+    assert bool(heard[4].end) == makes_way
+    assert engine.num_running == LIMITS.rows - makes_way
+    assert len(engine.waiting) == 1
+    work(engine)
+    for ids, listener in zip(prompts, heard, strict=True):
+        assert listener.end == "length"
+        assert listener.ids == generated(base.model, ids, len(listener.ids))
+    assert [len(listener.ids) for listener in heard] == [60, 60, 60, 60, 3]
+
+
+def test_guests_without_end_do_not_keep_who_made_way_from_ending(tmp_path: Path) -> None:
+    base = load(make_base(tmp_path / "base"))
+    engine = Engine(base.model, LIMITS)
+    crowd = [Listener() for _ in range(5)]
+    for listener in crowd:
+        engine.submit(job(prompts_of()[0], 40, key="a"), listener)
+    for number in range(1000):
+        engine.submit(job(prompts_of()[2], 1, key=f"guest{number}"), Listener())
+        engine.step()
+        if all(listener.end for listener in crowd):
+            break
+    assert number < 400
 
 
 def test_an_order_that_nobody_waits_for_is_left_out_and_harms_nobody(tmp_path: Path) -> None:
