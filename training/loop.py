@@ -26,6 +26,7 @@ from training.model import ADAPTER, adapter_parameters
 from training.seat import Batches, Seat, Step, Trunk, eval_loss, turn
 from training.strategy import Workers
 from training.tokens import Encoded
+from training.zero import Sharded
 
 _HOLD_TIMEOUT_S = 900.0
 _HOLD_POLL_S = 0.02
@@ -50,6 +51,8 @@ class Job:
     """What else an evaluation measures, by metric; asked on the first worker only."""
     is_held: bool = False
     """Wait after each due checkpoint until `let_pass`, for whoever judges the run."""
+    sharded: Sharded | None = None
+    """Steps the parameters where workers share their state."""
     clock: Callable[[], float] = time.perf_counter
 
     def report(self, kind: str, **fields: Any) -> None:
@@ -70,6 +73,7 @@ def fit(job: Job) -> State:
         parameters=adapter_parameters(job.trunk.model),
         trunk=job.trunk,
         workers=job.workers,
+        sharded=job.sharded,
     )
     _restore(job, seat)
     job.report(
@@ -149,11 +153,12 @@ def _after_step(job: Job, seat: Seat, *, wants_stop: bool) -> None:
 
 
 def _save(job: Job, seat: Seat) -> None:
+    packed = seat.optimizer.pack()
     if job.workers.is_first:
         path = checkpoint.save(
             job.run_dir,
             job.trunk.model,
-            seat.optimizer,
+            packed,
             seat.state,
             attempt=job.attempt,
             info=job.info,

@@ -13,6 +13,7 @@ import logging
 import tempfile
 import threading
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,11 @@ from ray.util.placement_group import (
 from cluster import config
 from cluster.errors import ResourceError
 from cluster.session import Session
-from training import worker
-from training.config import TrainRecipe
+from training import strategy, worker
+from training.config import ScaleConfig, TrainRecipe
 
+_RESIZE_EVERY_S = 30.0
+"""Between two looks for room for more workers: each resize costs a start and what was not saved."""
 _GROUP_TIMEOUT_S = 1800
 """Longest wait of a worker for the others, which may be evaluating by generation."""
 
@@ -83,7 +86,10 @@ def start(
     The caller holds the run's lock. is_held: see loop.Job. Raises ResourceError where the cluster
     has fewer CPUs or GPUs than the recipe asks for.
     """
-    cpus, gpus = _share_out(recipe, ray_session)
+    scale = _share_out(recipe.scale, ray_session)
+    cpus, gpus = scale.cpus_per_worker, scale.gpus_per_worker
+    assert cpus != "auto"
+    assert gpus != "auto"
     if ray_session.is_private:
         end_workers([recipe.name])  # of a driver that was killed: nobody else has the lock
     spec = {
@@ -96,13 +102,17 @@ def start(
     # Ray's state of the run is not used: our checkpoints are the truth, so it gets a throw-away
     # place (a truncated checkpoint_manager_snapshot.json makes a run of Ray 2.60 unresumable).
     scratch = tempfile.TemporaryDirectory(prefix="loray-train-", ignore_cleanup_errors=True)
-    group = TorchConfig if recipe.scale.workers > 1 else _NoGroup
+    talks = scale.workers != 1 or scale.strategy in strategy.ZERO
+    group = TorchConfig if talks else _NoGroup
     trainer = _LeanTrainer(
         worker.ray_worker,
         train_loop_config=spec,
         torch_config=group(timeout_s=_GROUP_TIMEOUT_S),
         scaling_config=ScalingConfig(
-            num_workers=recipe.scale.workers,
+            num_workers=(scale.least_workers, scale.most_workers)
+            if scale.is_elastic
+            else scale.most_workers,
+            elastic_resize_monitor_interval_s=_RESIZE_EVERY_S,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
         ),
@@ -217,22 +227,33 @@ class _StillPolicy(FixedScalingPolicy):
         """There is nobody to send it to."""
 
 
-def _share_out(recipe: TrainRecipe, ray_session: Session) -> tuple[int, int]:
-    """CPUs and GPUs of each worker."""
-    workers = recipe.scale.workers
-    gpus = recipe.scale.gpus_per_worker
+def _share_out(scale: ScaleConfig, ray_session: Session) -> ScaleConfig:
+    """What `auto`, and on a private Ray a range of workers, comes to on this cluster.
+
+    Raises ResourceError where the cluster has no room for the least number of workers.
+    """
+    fixed = scale.least_workers
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = scale.gpus_per_worker
     if gpus == "auto":
-        gpus = 1 if ray_session.num_gpus >= workers else 0
-    cpus = recipe.scale.cpus_per_worker
-    if cpus == "auto":
-        cpus = max(1, int(ray_session.num_cpus) // workers)
+        gpus = 1 if ray_session.num_gpus >= fixed else 0
+    cpus = scale.cpus_per_worker
+    if cpus == "auto" and scale.is_elastic:  # as many as a node has for each of its workers
+        each = [int(n.get("CPU", 0) / max(1, n.get("GPU", 0) if gpus else 1)) for n in nodes]
+        cpus = max(1, min((number for number in each if number), default=1))
+    elif cpus == "auto":
+        cpus = max(1, int(ray_session.num_cpus) // fixed)
     for name, wanted, there in (
-        ("CPUs", cpus * workers, ray_session.num_cpus),
-        ("GPUs", gpus * workers, ray_session.num_gpus),
+        ("CPUs", cpus * fixed, ray_session.num_cpus),
+        ("GPUs", gpus * fixed, ray_session.num_gpus),
     ):
         if wanted > there:
             raise ResourceError(
-                f"scale asks for {wanted} {name} ({workers} workers), the cluster has {there:g}; "
+                f"scale asks for {wanted} {name} ({fixed} workers), the cluster has {there:g}; "
                 f"lower scale.workers or scale.{name[:-1].lower()}s_per_worker, or add nodes"
             )
-    return cpus, gpus
+    workers = scale.workers
+    if scale.is_elastic and ray_session.is_private:  # no node comes or goes
+        room = ray_session.num_gpus // gpus if gpus else ray_session.num_cpus // cpus
+        workers = min(scale.most_workers, max(fixed, room))
+    return replace(scale, workers=workers, cpus_per_worker=cpus, gpus_per_worker=gpus)

@@ -16,7 +16,16 @@ from peft import PeftModel
 
 from cluster import __version__, config, ownership, storage
 from cluster.errors import DataError, LorayError, ResourceError
-from training import checkpoint, dataset, loop, memory, model, objective, special_ids
+from training import (
+    checkpoint,
+    dataset,
+    loop,
+    memory,
+    model,
+    objective,
+    special_ids,
+    strategy,
+)
 from training.checkpoint import State
 from training.config import TrainRecipe
 from training.events import EventLog
@@ -24,6 +33,7 @@ from training.memory import MemoryPlan
 from training.model import Base
 from training.seat import Trunk
 from training.strategy import Workers
+from training.zero import Sharded
 
 if TYPE_CHECKING:  # it is needed at the end only
     from training.evaluate import Estimate
@@ -90,6 +100,7 @@ def _run(
     plan = _agree_on_memory(recipe, run_dir, base, chosen, data, pad_id, workers, workers_here)
     memory.set_checkpointing(chosen, is_on=plan.gradient_checkpointing)
     trained = sum(p.numel() for p in model.trainable(peft_model).values())
+    sharded = _sharded(recipe, base, peft_model, chosen, workers)
     storage.require_free(
         run_dir, 12 * trained * (recipe.checkpoint.keep + 2), purpose="checkpoints of the adapter"
     )
@@ -106,13 +117,19 @@ def _run(
         recipe=recipe,
         run_dir=run_dir,
         attempt=attempt,
-        trunk=Trunk(base=base, objective=chosen, router=router, memory=plan),
+        trunk=Trunk(
+            base=base,
+            objective=sharded.objective if sharded is not None else chosen,
+            router=router,
+            memory=plan,
+        ),
         batches=batches,
         eval_examples=data.eval if data.eval is not None else (),
         workers=workers,
         events=events,
         info=provenance(recipe, base, data),
         is_held=is_held,
+        sharded=sharded,
         scores=scores if recipe.evaluation.metrics_during_run else dict,
     )
     state = loop.fit(job)
@@ -120,6 +137,27 @@ def _run(
         was_stopped = state.step < batches.num_steps and loop.stop_file(run_dir).exists()
         _finish(job, data, state, started, was_stopped=was_stopped)
     workers.wait()
+
+
+def _sharded(
+    recipe: TrainRecipe,
+    base: Base,
+    peft_model: PeftModel,
+    chosen: objective.Objective,
+    workers: Workers,
+) -> Sharded | None:
+    """What steps the adapter where the recipe asks for ZeRO."""
+    kind = strategy.check(recipe)
+    if kind not in strategy.ZERO:
+        return None
+    return Sharded(
+        model.adapter_parameters(peft_model),
+        recipe,
+        stage=strategy.ZERO.index(kind) + 1,
+        base=base,
+        objective=chosen,
+        workers=workers,
+    )
 
 
 def provenance(recipe: TrainRecipe, base: Base, data: dataset.Dataset) -> dict[str, Any]:
