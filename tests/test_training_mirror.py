@@ -234,6 +234,25 @@ def test_workers_elsewhere_take_the_newest_attempts_checkpoint_of_a_step(on: Mac
     assert storage.verify(found) == storage.verify(checkpoint.directory(second.run_dir, 4))
 
 
+def test_an_adapter_damaged_in_the_store_is_not_used_here_either(
+    s3: "S3Server", on: Machine
+) -> None:
+    worker, driver = on("worker"), on("driver")
+    with closing(worker):
+        begin(worker)
+        storage.commit(
+            worker.run_dir / "adapter",
+            lambda path: path.joinpath("weights").write_bytes(b"w" * 100) and None,
+            attempt="1",
+        )
+        worker.publish_adapter()
+    driver.fetch_adapter()
+    storage.verify(driver.run_dir / "adapter")
+    s3.delete("runs/one/adapter/manifest.json")
+    driver.fetch_adapter()
+    assert not (driver.run_dir / "adapter").exists()
+
+
 def test_a_request_to_stop_reaches_the_first_worker(s3: "S3Server", on: Machine) -> None:
     driver, worker = on("driver"), on("worker")
     with closing(worker):

@@ -299,6 +299,19 @@ def test_workers_of_a_cluster_get_the_drivers_access_and_share_only_the_store_wi
     assert json.loads(kept[-1])["event"] == "finished"
 
 
+def test_doctor_says_whether_the_store_can_be_used(
+    s3: "S3Server", tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import loray
+
+    path = write_recipe(make_recipe(tmp_path, tiny_base, storage=URL), tmp_path / "run.yaml")
+    loray.doctor(path)
+    assert f"storage {URL}/run can be written and leased" in capsys.readouterr().out
+    assert s3.objects() == []
+    with pytest.raises(StorageError, match="the bucket does not exist"):
+        loray.doctor(path, ["storage=s3://nowhere/runs"])
+
+
 def test_a_search_in_a_store_is_refused_by_name(
     tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,13 +3,16 @@
 The run is trained in a local directory as any other; what lies there counts only once it is
 published. Who writes what below <storage>/<name>:
 
-recipe.json, stop-requested, leases/        the driver
-attempts/<number>                           the first worker of each attempt, create-only
-memory.json, events/, checkpoints/, adapter/ the first worker
-failure-<rank>.json                         the worker that failed
+recipe.json, stop-requested, leases/          the driver
+attempts/<number>                             the first worker of each attempt, create-only
+memory.json, events/, checkpoints/, adapter/  the first worker
+failure-<rank>.json                           the worker that failed
 
 A checkpoint is `checkpoints/step-<step>-<attempt>/`: an attempt that has been fenced off cannot
 touch those of another. One that is damaged gets a `.broken` object that says why, and is left.
+
+What is not covered: TensorBoard's files, which stay in the driver's copy, and training on while a
+checkpoint is uploaded: the workers wait for it.
 """
 
 import hashlib
