@@ -12,7 +12,8 @@ What is covered: stores that list what was written a moment ago, and refuse to c
 that is there (S3 and its kin with If-None-Match, GCS); `Remote.check` asks for both.
 What is not covered: bytes changed on their way up, which is found by whoever fetches them (clients
 of S3 send a checksum along); a fenced attempt suspended for the instant between its fence check
-and its marker (it could still publish one directory, a whole one, under a name of its own).
+and a write. Under a name of its own it could still publish one directory, a whole one; under a
+name that attempts share it could damage what is there, which `fetch` finds.
 """
 
 import errno

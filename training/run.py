@@ -59,16 +59,8 @@ def train(
     """
     started = time.perf_counter()
     strategy.check(recipe)
-    mirror = Mirror.of(recipe)
-    if mirror is None:
-        root = session.storage_root(recipe.storage)
-        run_dir = root / recipe.name
-        recipe = replace(recipe, storage=str(root))
-    else:
-        mirror.check()
-        run_dir = mirror.run_dir
-    recipe = worker.with_absolute_paths(recipe)
-    _require_writable(run_dir)
+    recipe, run_dir, mirror = _locate(recipe)
+    place = mirror.url if mirror else str(run_dir)
     with ownership.RunLock(run_dir), mirror.held() if mirror else nullcontext() as lease:
         _clean(run_dir)
         if mirror is not None:
@@ -79,7 +71,6 @@ def train(
         _claim(run_dir, recipe, data.fingerprint)
         if mirror is not None:
             mirror.push("recipe.json")
-        place = mirror.url if mirror else str(run_dir)
         done = _finished(run_dir, mirror)
         if done is not None:
             say(f"{place} is finished; nothing to train. Another run wants another name")
@@ -108,6 +99,20 @@ def train(
             mirror.fetch_adapter()
         from_step = int(last["first started"].number("from_step"))
         return _result(run_dir, mirror, last["finished"], resumed_from=from_step, started=started)
+
+
+def _locate(recipe: TrainRecipe) -> tuple[TrainRecipe, Path, Mirror | None]:
+    """The recipe with absolute paths; the run's directory here; its mirror if it is in a store."""
+    mirror = Mirror.of(recipe)
+    if mirror is None:
+        root = session.storage_root(recipe.storage)
+        run_dir = root / recipe.name
+        recipe = replace(recipe, storage=str(root))
+    else:
+        mirror.check()
+        run_dir = mirror.run_dir
+    _require_writable(run_dir)
+    return worker.with_absolute_paths(recipe), run_dir, mirror
 
 
 def inspect(recipe: TrainRecipe, say: Callable[[str], None]) -> Dataset:
