@@ -6,10 +6,16 @@ import signal
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import fsspec
 import pytest
 from tiny import make_base
+
+if TYPE_CHECKING:
+    from s3_server import S3Server
 
 # A shell without job control has what it starts in the background ignore Ctrl-C, and children of
 # that too; tests send it.
@@ -26,3 +32,17 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test has a LoRay cache directory of its own."""
     monkeypatch.setenv("LORAY_CACHE", str(tmp_path / "loray-cache"))
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> "Iterator[S3Server]":
+    """An S3 server with an empty bucket, which this process and its children use."""
+    for name in ("s3fs", "moto"):
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install -e '.[s3test]'")
+    from s3_server import s3_server
+
+    with s3_server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": server.endpoint})
+        yield server

@@ -11,6 +11,7 @@ from cluster import config
 from training import worker
 from training.config import TrainRecipe
 from training.events import Event, EventReader
+from training.mirror import Mirror
 from training.strategy import Workers
 
 COLOURS = ("red", "green", "blue", "white", "black", "amber")
@@ -49,7 +50,8 @@ def make_recipe(directory: Path, base: Path, **sections: Mapping[str, Any]) -> T
 
 def run_dir_of(recipe: TrainRecipe) -> Path:
     """Where the run of a recipe is."""
-    return Path(recipe.storage) / recipe.name
+    mirror = Mirror.of(recipe)
+    return Path(recipe.storage) / recipe.name if mirror is None else mirror.run_dir
 
 
 def train(recipe: TrainRecipe, *, is_held: bool = False) -> Event:

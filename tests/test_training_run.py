@@ -222,7 +222,8 @@ def bad_calls(directory: Path, base: Path) -> dict[str, tuple[list[str], str]]:
         "too long": ([recipe, "data.max_length=8"], "max_length"),
         "no ray": ([recipe, "--address", "127.0.0.1:1"], "cannot be reached"),
         "unwritable": ([recipe, "storage=/proc/nowhere"], "cannot create"),
-        "remote storage": ([recipe, "storage=s3://bucket/runs"], "mounted"),
+        "private storage": ([recipe, "storage=memory://runs"], "no two processes share"),
+        "unknown storage": ([recipe, "storage=strange://bucket"], "Protocol not known"),
     }
 
 

@@ -94,6 +94,11 @@ def save(
     return final
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's directory."""
+    return int(path.name.removeprefix("step-"))
+
+
 def find_latest_valid(run_dir: Path, on_broken: Callable[[str], None] = log.warning) -> Path | None:
     """The newest checkpoint that verifies; broken ones are quarantined and reported.
 
@@ -143,7 +148,7 @@ def adopt(source: Path, target: Path, *, step: int | None = None) -> int:
     if final.exists():
         shutil.rmtree(final.rename(target / ".tmp-adopted"))
     fresh.rename(final)
-    return int(found.name.removeprefix("step-"))
+    return step_of(found)
 
 
 def prune(run_dir: Path, *, keep: int, best_step: int | None) -> None:
@@ -152,6 +157,13 @@ def prune(run_dir: Path, *, keep: int, best_step: int | None) -> None:
     for step in sorted(steps)[:-keep]:
         if step != best_step:
             _remove(steps[step])
+
+
+def keep_only(run_dir: Path, step: int | None) -> None:
+    """Remove all checkpoints but that of `step`; None removes all."""
+    for other, path in _steps(run_dir).items():
+        if other != step:
+            _remove(path)
 
 
 def rewind(run_dir: Path, *, step: int) -> Path:

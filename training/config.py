@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cluster import remote
 from cluster.errors import ConfigError
 
 
@@ -293,7 +294,7 @@ class TrainRecipe:
     name: str
     """The run's directory is <storage>/<name>."""
     storage: str = "runs"
-    """Directory that holds runs, shared by all nodes."""
+    """What holds runs: a directory that all nodes share, or a URL such as s3://bucket/runs."""
     model: ModelConfig
     data: DataConfig
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -313,11 +314,8 @@ class TrainRecipe:
             self.name,
             "up to 100 letters, digits, '-', '_' and '.', not starting with '.'",
         )
-        if "://" in self.storage:
-            raise ConfigError(
-                f"storage is {self.storage!r}; this version writes to local or mounted "
-                "directories only: give a path that every node sees"
-            )
+        if remote.is_url(self.storage):
+            remote.require_url(self.storage)
         if self.data.streaming and self.optim.max_steps is None:
             raise ConfigError("data.streaming needs optim.max_steps: a stream has no known length")
         if self.evaluation.every_steps and not self.data.eval:

@@ -22,6 +22,7 @@ from training import checkpoint
 from training.checkpoint import State
 from training.config import TrainRecipe
 from training.events import EventLog
+from training.mirror import Mirror
 from training.model import ADAPTER, adapter_parameters
 from training.seat import Batches, Seat, Step, Trunk, eval_loss, turn
 from training.strategy import Workers
@@ -49,6 +50,8 @@ class Job:
     """What manifests say about where the adapter comes from."""
     scores: Callable[[], Mapping[str, float]] = dict
     """What else an evaluation measures, by metric; asked on the first worker only."""
+    mirror: Mirror | None = None
+    """Of a run whose storage is an object store."""
     is_held: bool = False
     """Wait after each due checkpoint until `let_pass`, for whoever judges the run."""
     sharded: Sharded | None = None
@@ -165,7 +168,11 @@ def _save(job: Job, seat: Seat) -> None:
         )
         keep = job.recipe.checkpoint.keep
         checkpoint.prune(job.run_dir, keep=keep, best_step=seat.state.best_step)
+        if job.mirror is not None:
+            job.mirror.publish_checkpoint(path, keep=keep, best_step=seat.state.best_step)
         job.report("checkpoint", step=seat.state.step, path=path.name, **_totals(seat.state))
+        if job.mirror is not None:
+            job.mirror.flush()
     job.workers.wait()
 
 
@@ -201,15 +208,33 @@ def _may_pass(run_dir: Path, step: int) -> bool:
 
 
 def _restore(job: Job, seat: Seat) -> None:
-    if not job.workers.is_first:
-        job.workers.wait()  # what is broken is quarantined once, by the first worker
-    path = checkpoint.find_latest_valid(
-        job.run_dir, on_broken=lambda message: job.report("warning", message=message)
-    )
-    if job.workers.is_first:
-        job.workers.wait()
+    """Resume from the checkpoint that the first worker finds; the others take the same."""
+    path = _latest(job) if job.workers.is_first else None
+    number = 0 if path is None else 1 + checkpoint.step_of(path)
+    agreed = torch.tensor([float(number)], dtype=torch.float64, device=job.trunk.base.device)
+    job.workers.sum_([agreed])  # the others have nothing to add
+    if path is None and agreed.item():
+        path = _same(job, int(agreed.item()) - 1)
     if path is not None:
         seat.resume_from(path)
+
+
+def _latest(job: Job) -> Path | None:
+    def warn(message: str) -> None:
+        job.report("warning", message=message)
+
+    if job.mirror is not None:
+        return job.mirror.fetch_latest(warn)
+    return checkpoint.find_latest_valid(job.run_dir, on_broken=warn)
+
+
+def _same(job: Job, step: int) -> Path:
+    """The checkpoint of a step that another worker has chosen."""
+    if job.mirror is not None:
+        return job.mirror.fetch_step(step)
+    path = checkpoint.directory(job.run_dir, step)
+    storage.verify(path)
+    return path
 
 
 def _is_stale(seat: Seat) -> bool:

@@ -36,8 +36,9 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from cluster import config
+from cluster import config, remote
 from cluster.errors import ResourceError
+from cluster.remote import is_url
 from cluster.session import Session
 from training import strategy, worker
 from training.config import ScaleConfig, TrainRecipe
@@ -104,8 +105,11 @@ def start(
     scratch = tempfile.TemporaryDirectory(prefix="loray-train-", ignore_cleanup_errors=True)
     talks = scale.workers != 1 or scale.strategy in strategy.ZERO
     group = TorchConfig if talks else _NoGroup
+    train = worker.ray_worker
+    if is_url(recipe.storage) and not ray_session.is_private:
+        train = _with_settings(remote.settings())
     trainer = _LeanTrainer(
-        worker.ray_worker,
+        train,
         train_loop_config=spec,
         torch_config=group(timeout_s=_GROUP_TIMEOUT_S),
         scaling_config=ScalingConfig(
@@ -135,6 +139,19 @@ def end_workers(runs: Collection[str]) -> None:
     for key, row in placement_group_table().items():
         if row["name"] in runs and row["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(key))))
+
+
+def _with_settings(settings: dict[str, str]) -> Callable[[dict[str, Any]], None]:
+    """The train function where the driver's access to its store is not in a node's environment.
+
+    In a closure, since Ray shows train_loop_config and the runtime environment on its dashboard.
+    """
+
+    def train(spec: dict[str, Any]) -> None:
+        remote.use_settings(settings)
+        worker.ray_worker(spec)
+
+    return train
 
 
 class _NoGroup(TorchConfig):

@@ -7,6 +7,7 @@ import platform
 import resource
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ import torch
 from peft import PeftModel
 
 from cluster import __version__, config, ownership, storage
-from cluster.errors import DataError, LorayError, ResourceError
+from cluster.errors import DataError, LorayError, ResourceError, StorageError
+from cluster.remote import is_url
 from training import (
     checkpoint,
     dataset,
@@ -30,6 +32,7 @@ from training.checkpoint import State
 from training.config import TrainRecipe
 from training.events import EventLog
 from training.memory import MemoryPlan
+from training.mirror import Mirror
 from training.model import Base
 from training.seat import Trunk
 from training.strategy import Workers
@@ -53,13 +56,26 @@ def run(
 ) -> None:
     """Train a recipe whose paths are absolute into `run_dir`; the result is its last event.
 
+    Where its storage is an object store, `run_dir` is that of its mirror.
+
     workers_here: how many workers share this machine's memory. data_fingerprint: of the examples
     as the driver saw them; None takes them as they are. is_held: see loop.Job. Raises LorayError;
     the reason is in the run's events by then.
     """
+    mirror = Mirror.of(recipe)
     events = EventLog(run_dir / "events.jsonl") if workers.is_first else None
     try:
-        _run(recipe, run_dir, workers, device, workers_here, data_fingerprint, events, is_held)
+        _run(
+            recipe,
+            run_dir,
+            workers,
+            device,
+            workers_here,
+            data_fingerprint,
+            events,
+            mirror,
+            is_held,
+        )
     except LorayError as error:
         if events is not None:
             events.write("failed", sync=True, code=error.code, message=str(error))
@@ -67,6 +83,8 @@ def run(
     finally:
         if events is not None:
             events.close()
+        if mirror is not None:
+            mirror.close()
 
 
 def _run(
@@ -77,10 +95,11 @@ def _run(
     workers_here: int,
     data_fingerprint: str | None,
     events: EventLog | None,
+    mirror: Mirror | None,
     is_held: bool,
 ) -> None:
     started = time.perf_counter()
-    attempt = ownership.next_attempt(run_dir) if workers.is_first else 0
+    attempt = _begin(run_dir, mirror) if workers.is_first else 0
     _require_memory(recipe, device, workers_here)
     base = model.load_base(recipe.model, device=device)
     peft_model, router = model.attach_lora(base, recipe.lora, seed=recipe.optim.seed)
@@ -97,7 +116,9 @@ def _run(
     chosen = objective.probe(
         peft_model, memory.random_probe(vocab_size, pad_id).to(device), base.autocast
     )
-    plan = _agree_on_memory(recipe, run_dir, base, chosen, data, pad_id, workers, workers_here)
+    plan = _agree_on_memory(
+        recipe, run_dir, base, chosen, data, pad_id, workers, workers_here, mirror
+    )
     memory.set_checkpointing(chosen, is_on=plan.gradient_checkpointing)
     trained = sum(p.numel() for p in model.trainable(peft_model).values())
     sharded = _sharded(recipe, base, peft_model, chosen, workers)
@@ -128,6 +149,7 @@ def _run(
         workers=workers,
         events=events,
         info=provenance(recipe, base, data),
+        mirror=mirror,
         is_held=is_held,
         sharded=sharded,
         scores=scores if recipe.evaluation.metrics_during_run else dict,
@@ -160,6 +182,10 @@ def _sharded(
     )
 
 
+def _begin(run_dir: Path, mirror: Mirror | None) -> int:
+    return ownership.next_attempt(run_dir) if mirror is None else mirror.begin()
+
+
 def provenance(recipe: TrainRecipe, base: Base, data: dataset.Dataset) -> dict[str, Any]:
     """What an adapter's manifest says of where it comes from."""
     body = json.dumps(config.plain(recipe), sort_keys=True)
@@ -185,6 +211,8 @@ def _finish(
     wants_best = job.recipe.evaluation.best == "loss" and state.best_step is not None
     step = state.best_step if wants_best and state.best_step is not None else state.step
     source = checkpoint.directory(job.run_dir, step)
+    if job.mirror is not None:
+        source = job.mirror.fetch_step(step)  # this machine may not have seen the best one
     checkpoint.load_adapter(source, job.trunk.model)
     scores = _evaluate(job, data, state)
     final = job.run_dir / "adapter"
@@ -196,6 +224,8 @@ def _finish(
         info={**job.info, "step": step, "eval": scores},
         is_fenced=lambda: not ownership.is_current_attempt(job.run_dir, job.attempt),
     )
+    if job.mirror is not None:
+        job.mirror.publish_adapter()
     seconds = state.train_s
     job.report(
         "finished",
@@ -215,6 +245,8 @@ def _finish(
         worker_wall_s=round(time.perf_counter() - started, 3),
         peak_rss_bytes=peak_rss_bytes(),
     )
+    if job.mirror is not None:
+        job.mirror.flush()
 
 
 def _evaluate(job: loop.Job, data: dataset.Dataset, state: State) -> dict[str, Any]:
@@ -249,8 +281,11 @@ def _agree_on_memory(
     pad_id: int,
     workers: Workers,
     workers_here: int,
+    mirror: Mirror | None,
 ) -> MemoryPlan:
     """The run's stored plan, decided by the first worker where there is none."""
+    if mirror is not None and workers.is_first:
+        mirror.pull(memory.PLAN)
     if workers.is_first and memory.stored(run_dir) is None:
         longest = (
             recipe.data.max_length
@@ -266,7 +301,11 @@ def _agree_on_memory(
             workers_here=workers_here,
         )
         memory.store(run_dir, plan)
+        if mirror is not None:
+            mirror.push(memory.PLAN)
     workers.wait()
+    if mirror is not None and not workers.is_first:
+        mirror.pull(memory.PLAN)
     plan = memory.stored(run_dir)
     assert plan is not None
     return plan
@@ -309,7 +348,9 @@ def ray_worker(spec: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     torch.set_num_threads(spec["threads"])
     recipe = config.build(TrainRecipe, spec["recipe"], where="recipe")
-    run_dir = Path(spec["run_dir"])
+    mirror = Mirror.of(recipe)
+    run_dir = Path(spec["run_dir"]) if mirror is None else mirror.run_dir
+    storage.make_directory(run_dir)
     try:
         run(
             recipe,
@@ -321,10 +362,16 @@ def ray_worker(spec: dict[str, Any]) -> None:
             is_held=spec["is_held"],
         )
     except LorayError as error:
-        storage.write_file(run_dir / f"failure-{workers.rank}.json", failure_record(error))
+        name = f"failure-{workers.rank}.json"
+        storage.write_file(run_dir / name, failure_record(error))
+        if mirror is not None:
+            with suppress(StorageError):  # which then is the reason; this machine knows it
+                mirror.push(name)
         if dist.is_initialized():
             dist.destroy_process_group()
     except RuntimeError:
+        if mirror is not None:
+            mirror.collect_failures()
         if not list(run_dir.glob("failure-*.json")):  # another worker has said why
             raise
 
@@ -351,11 +398,12 @@ def with_absolute_paths(recipe: TrainRecipe) -> TrainRecipe:
             else (absolute(source) if source is not None else None)
         )
 
+    place = recipe.storage
     train = each(recipe.data.train)
     assert train is not None
     return replace(
         recipe,
-        storage=str(Path(recipe.storage).absolute()),
+        storage=place if is_url(place) else str(Path(place).absolute()),
         model=replace(recipe.model, base=absolute(recipe.model.base)),
         data=replace(recipe.data, train=train, eval=each(recipe.data.eval)),
     )
