@@ -62,7 +62,7 @@ def test_a_node_that_leaves_and_one_that_joins_change_nothing_that_is_learned(
         wait_until(lambda: len(events_of(recipe, "step")) > seen + 30, process)
         loop.stop_file(run_dir_of(recipe)).touch()
         status, _, err = finish(process)
-    assert status == 0, err
+    assert status == 130, err  # stopped before its end
     found = last_losses(recipe)
     assert list(found) == list(range(1, len(found) + 1))
     alone = make_recipe(
