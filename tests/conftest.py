@@ -38,7 +38,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def s3(monkeypatch: pytest.MonkeyPatch) -> "Iterator[S3Server]":
     """An S3 server with an empty bucket, which this process and its children use."""
     for name in ("s3fs", "moto"):
-        pytest.importorskip(name, reason=f"{name} is not installed: pip install -e '.[s3test]'")
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install -e '.[dev]'")
     from s3_server import s3_server
 
     with s3_server() as server:
