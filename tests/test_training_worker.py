@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from cluster import errors, storage
 from cluster.errors import AdapterError, DataError, ResourceError
-from training import checkpoint, memory, worker
+from training import checkpoint, dataset, memory, worker
 from training import model as model_room
 from training.config import ModelConfig
 from training.strategy import Workers
@@ -46,7 +46,7 @@ def test_other_data_than_the_driver_saw_is_refused(tmp_path: Path, tiny_base: Pa
             workers=Workers(),
             device=torch.device("cpu"),
             workers_here=1,
-            data_fingerprint="another",
+            seen=dataset.Seen(fingerprint="another"),
         )
 
 

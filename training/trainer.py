@@ -13,6 +13,7 @@ import logging
 import tempfile
 import threading
 from collections.abc import Callable, Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from cluster.errors import ResourceError
 from cluster.session import Session
 from training import worker
 from training.config import TrainRecipe
+from training.dataset import Seen
 
 _GROUP_TIMEOUT_S = 1800
 """Longest wait of a worker for the others, which may be evaluating by generation."""
@@ -73,15 +75,15 @@ class Outcome:
 def start(
     recipe: TrainRecipe,
     run_dir: Path,
-    data_fingerprint: str,
+    seen: Seen,
     ray_session: Session,
     *,
     is_held: bool = False,
 ) -> Outcome:
     """Start the workers of a recipe whose paths are absolute; they write into `run_dir`.
 
-    The caller holds the run's lock. is_held: see loop.Job. Raises ResourceError where the cluster
-    has fewer CPUs or GPUs than the recipe asks for.
+    The caller holds the run's lock. seen: see worker.run. is_held: see loop.Job. Raises
+    ResourceError where the cluster has fewer CPUs or GPUs than the recipe asks for.
     """
     cpus, gpus = _share_out(recipe, ray_session)
     if ray_session.is_private:
@@ -89,7 +91,7 @@ def start(
     spec = {
         "recipe": config.plain(recipe),
         "run_dir": str(run_dir),
-        "data_fingerprint": data_fingerprint,
+        "seen": asdict(seen),
         "threads": cpus,
         "is_held": is_held,
     }
