@@ -69,7 +69,7 @@ class Encoders:
             )
 
     def _sum(self, numbers: np.ndarray) -> np.ndarray:
-        tensor = torch.from_numpy(numbers).to(self.device)
+        tensor = torch.tensor(numbers, device=self.device)  # a copy: it is summed in place
         self.workers.sum_([tensor])
         return tensor.cpu().numpy()
 
