@@ -4,7 +4,7 @@ usage: python scripts/bench_data.py [--rows 400000] [--short 5000000] [--model d
 Rows of prompt and completion (about 200 tokens) are drawn from the words of this repository's
 README; the short examples (12 tokens) are written as tokens, since only their number matters. Each
 line is a process of its own: wall seconds, by how much its resident memory grew at most, and what
-it alone holds (USS) in the end, in MB. Linux only. Everything lies in a temporary directory, see TMPDIR.
+it alone holds (USS) in the end, in MB. Linux only. Everything lies in a temporary directory.
 """
 
 import argparse
