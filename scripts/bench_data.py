@@ -3,8 +3,8 @@
 usage: python scripts/bench_data.py [--rows 400000] [--short 5000000] [--model demo]
 Rows of prompt and completion (about 200 tokens) are drawn from the words of this repository's
 README; the short examples (12 tokens) are written as tokens, since only their number matters. Each
-line is a process of its own: wall seconds, by how much its resident memory grew at most, and what
-it alone holds (USS) in the end, in MB. Linux only. Everything lies in a temporary directory.
+line is a process of its own: seconds, seconds of CPUs (its children's too), by how much its
+resident memory grew at most, and what it alone holds (USS) in the end, in MB. Linux only.
 """
 
 import argparse
@@ -63,6 +63,7 @@ def measured(options: argparse.Namespace) -> dict[str, object]:
     me = psutil.Process()
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is of the imports
     rss, uss = me.memory_info().rss, me.memory_full_info().uss
+    cpu = sum(os.times()[:4])  # its own and its children's
     started = time.perf_counter()
     told = work()
     seconds = time.perf_counter() - started
@@ -73,6 +74,7 @@ def measured(options: argparse.Namespace) -> dict[str, object]:
         **told,
         **rate,
         "wall_s": round(seconds, 2),
+        "cpu_s": round(sum(os.times()[:4]) - cpu, 2),
         "peak_rss_mb": round(int(peak_kb) / 1024 - rss / 2**20),
         "uss_mb": round((me.memory_full_info().uss - uss) / 2**20),
     }
