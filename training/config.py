@@ -52,7 +52,7 @@ class DataConfig:
     on_bad_row: Literal["error", "skip"] = "error"
     """A bad row stops the run, or is skipped, counted and listed."""
     streaming: bool = False
-    """Read rows as they are needed, for data larger than memory; needs optim.max_steps."""
+    """Read rows as they are needed, rather than tokenise all beforehand; needs optim.max_steps."""
 
     def __post_init__(self) -> None:
         _require(bool(self.train), "data.train", self.train, "a file, glob, directory or hub id")

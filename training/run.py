@@ -84,7 +84,7 @@ def train(
 
             say(f"run directory {place}" + (f", copied to {run_dir}" if mirror else ""))
             here = replace(recipe, scale=scale or recipe.scale)
-            outcome = trainer.start(here, run_dir, data.fingerprint, ray_session, is_held=is_held)
+            outcome = trainer.start(here, run_dir, data.seen, ray_session, is_held=is_held)
             for event in _follow(outcome, reader, run_dir, say, mirror, lease):
                 last.setdefault(f"first {event.kind}", event)
                 last[event.kind] = event

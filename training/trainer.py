@@ -13,7 +13,7 @@ import logging
 import tempfile
 import threading
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from cluster.remote import is_url
 from cluster.session import Session
 from training import strategy, worker
 from training.config import ScaleConfig, TrainRecipe
+from training.dataset import Seen
 
 _RESIZE_EVERY_S = 30.0
 """Between two looks for room for more workers: each resize costs a start and what was not saved."""
@@ -77,15 +78,15 @@ class Outcome:
 def start(
     recipe: TrainRecipe,
     run_dir: Path,
-    data_fingerprint: str,
+    seen: Seen,
     ray_session: Session,
     *,
     is_held: bool = False,
 ) -> Outcome:
     """Start the workers of a recipe whose paths are absolute; they write into `run_dir`.
 
-    The caller holds the run's lock. is_held: see loop.Job. Raises ResourceError where the cluster
-    has fewer CPUs or GPUs than the recipe asks for.
+    The caller holds the run's lock. seen: see worker.run. is_held: see loop.Job. Raises
+    ResourceError where the cluster has fewer CPUs or GPUs than the recipe asks for.
     """
     scale = _share_out(recipe.scale, ray_session)
     cpus, gpus = scale.cpus_per_worker, scale.gpus_per_worker
@@ -96,7 +97,7 @@ def start(
     spec = {
         "recipe": config.plain(recipe),
         "run_dir": str(run_dir),
-        "data_fingerprint": data_fingerprint,
+        "seen": asdict(seen),
         "threads": cpus,
         "is_held": is_held,
     }

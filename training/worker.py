@@ -51,31 +51,21 @@ def run(
     workers: Workers,
     device: torch.device,
     workers_here: int,
-    data_fingerprint: str | None = None,
+    seen: dataset.Seen | None = None,
     is_held: bool = False,
 ) -> None:
     """Train a recipe whose paths are absolute into `run_dir`; the result is its last event.
 
     Where its storage is an object store, `run_dir` is that of its mirror.
 
-    workers_here: how many workers share this machine's memory. data_fingerprint: of the examples
-    as the driver saw them; None takes them as they are. is_held: see loop.Job. Raises LorayError;
-    the reason is in the run's events by then.
+    workers_here: how many workers share this machine's memory. seen: the data as the driver saw it;
+    None takes it as it is. is_held: see loop.Job. Raises LorayError; the reason is in the run's
+    events by then.
     """
     mirror = Mirror.of(recipe)
     events = EventLog(run_dir / "events.jsonl") if workers.is_first else None
     try:
-        _run(
-            recipe,
-            run_dir,
-            workers,
-            device,
-            workers_here,
-            data_fingerprint,
-            events,
-            mirror,
-            is_held,
-        )
+        _run(recipe, run_dir, workers, device, workers_here, seen, events, mirror, is_held)
     except LorayError as error:
         if events is not None:
             events.write("failed", sync=True, code=error.code, message=str(error))
@@ -93,7 +83,7 @@ def _run(
     workers: Workers,
     device: torch.device,
     workers_here: int,
-    data_fingerprint: str | None,
+    seen: dataset.Seen | None,
     events: EventLog | None,
     mirror: Mirror | None,
     is_held: bool,
@@ -104,8 +94,10 @@ def _run(
     base = model.load_base(recipe.model, device=device)
     peft_model, router = model.attach_lora(base, recipe.lora, seed=recipe.optim.seed)
     vocab_size = base.model.config.get_text_config().vocab_size
-    data = dataset.load(recipe, base.tokenizer, base.generation_eos, vocab_size=vocab_size)
-    if data_fingerprint not in (None, data.fingerprint):
+    data = dataset.load(
+        recipe, base.tokenizer, base.generation_eos, vocab_size=vocab_size, seen=seen
+    )
+    if seen is not None and seen.fingerprint != data.fingerprint:
         raise DataError(
             "the training examples on this worker are not those that the driver saw: a file was "
             "changed meanwhile, or this node holds another copy; put the data where all nodes "
@@ -128,7 +120,7 @@ def _run(
     batches = (
         dataset.SetBatches(data.train, recipe)
         if data.train is not None
-        else dataset.StreamBatches(recipe, data.encoder)
+        else dataset.StreamBatches(recipe, data.encoder, workers=workers, device=device)
     )
 
     def scores() -> dict[str, float]:
@@ -290,7 +282,7 @@ def _agree_on_memory(
         longest = (
             recipe.data.max_length
             if data.train is None
-            else max(int(s.lengths.max()) for s in (data.train, data.eval) if s is not None)
+            else max(s.longest for s in (data.train, data.eval) if s is not None)
         )
         plan = memory.decide(
             recipe,
@@ -358,7 +350,7 @@ def ray_worker(spec: dict[str, Any]) -> None:
             workers=workers,
             device=device,
             workers_here=context.get_local_world_size(),
-            data_fingerprint=spec["data_fingerprint"],
+            seen=dataset.Seen(**spec["seen"]),
             is_held=spec["is_held"],
         )
     except LorayError as error:
