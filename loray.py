@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.console import Console
 
 from cluster import __version__, command, config
 from serving import admin
@@ -35,7 +36,7 @@ Base = Annotated[str | None, typer.Option(help="Base model; default: the one it 
 @app.command()
 def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
     """Check a recipe and its data without training, and show one example as it is learned."""
-    from training import mirror, run, strategy
+    from training import mirror, run, strategy, view
 
     chosen = config.load(TrainRecipe, recipe, overrides or ())
     store = mirror.Mirror.of(chosen)
@@ -43,9 +44,9 @@ def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
         store.check()
         print(f"storage {store.url} can be written and leased")
     print(f"strategy {strategy.check(chosen)}")
+    Console().print(view.support())
     for refusal in strategy.SUPPORT:
-        given = ", ".join(f"{name}: {value}" for name, value in refusal.settings.items())
-        print(f"refused: {given} ({refusal.reason})")
+        print(f"refused: {refusal}")
     run.inspect(chosen, print)
     print("ready to train")
 

@@ -1,11 +1,13 @@
 """What goes together, and what is refused with its reason."""
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from runs import make_recipe
 
-from training import strategy
+from training import strategy, view
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,15 @@ def test_int8_with_zero3_names_its_own_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("workers", "kind"), [(1, "single"), (2, "ddp")])
 def test_auto_follows_the_number_of_workers(tmp_path: Path, workers: int, kind: str) -> None:
     assert strategy.check(make_recipe(tmp_path, tmp_path, scale={"workers": workers})) == kind
+
+
+def test_the_matrix_is_shown_with_what_is_not_supported() -> None:
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(view.support())
+    rows = {
+        line.split("│")[1].strip(): line
+        for line in console.export_text().splitlines()
+        if "│" in line
+    }
+    assert rows["zero2"].count("yes") == 3
+    assert [cell.strip() for cell in rows["zero3"].split("│")[2:5]] == ["yes", "no", "24 of 36"]

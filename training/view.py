@@ -7,10 +7,29 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
+from training import strategy
 from training.events import Event
 
 _LINE_EVERY_S = 10.0
+
+
+def support() -> Table:
+    """What goes together: each strategy beside each quantisation, over all other settings."""
+    counts: dict[tuple[str, str], list[bool]] = {}
+    for settings, refusal in strategy.combinations():
+        key = settings["scale.strategy"], settings["model.quantization"]
+        counts.setdefault(key, []).append(refusal is None)
+    columns = strategy.AXES["model.quantization"]
+    table = Table("scale.strategy", *columns, title="model.quantization")
+    for kind in strategy.AXES["scale.strategy"]:
+        cells = [counts[kind, column] for column in columns]
+        words = ("yes" if all(c) else f"{sum(c)} of {len(c)}" if any(c) else "no" for c in cells)
+        table.add_row(kind, *words)
+    others = [f"{name}: {', '.join(axis)}" for name, axis in list(strategy.AXES.items())[2:]]
+    table.caption = "of the combinations of " + "; ".join(others)
+    return table
 
 
 @contextmanager
