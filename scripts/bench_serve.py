@@ -223,7 +223,8 @@ def in_engine(options: argparse.Namespace) -> dict[str, Any]:
 
     def ask(number: int, count: int) -> Heard:
         adapter = f"adapter{number % count}" if count else ""
-        start, *times = served.ask(adapter, options.tokens, prompt=texts[number])
+        prompt = texts[number % len(texts)]
+        start, *times = served.ask(adapter, options.tokens, prompt=prompt)
         return start, times, len(times)
 
     found = measured(options, ask, options.adapters)
@@ -347,7 +348,8 @@ def over_http(
 
         def ask(number: int, count: int) -> Heard:
             body = {
-                "model": f"adapter{number % count}" if count else base, "messages": asked[number],
+                "model": f"adapter{number % count}" if count else base,
+                "messages": asked[number % len(asked)],
                 "max_tokens": options.tokens, "temperature": 0, "stream": True,
                 "stream_options": {"include_usage": True}, **more,
             }  # fmt: skip
