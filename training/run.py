@@ -8,16 +8,20 @@ import json
 import logging
 import os
 import platform
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from cluster import __version__, config, errors, ownership, session, storage
-from cluster.errors import ClusterError, ConfigError, LorayError
-from training import dataset, loop, model, sinks, special_ids, strategy, worker
+from cluster.errors import ClusterError, ConfigError, ResourceError
+from training import dataset, loop, memory, model, sinks, special_ids, strategy, worker
 from training.config import ScaleConfig, TrainRecipe
 from training.dataset import Dataset
 from training.events import Event, EventReader
@@ -49,8 +53,8 @@ def train(
     address: of a Ray cluster; None uses RAY_ADDRESS, or starts a private one on this machine.
     scale: what the recipe's `scale` comes to where several runs share the cluster. is_held: the run
     waits after each checkpoint until `loop.let_pass`.
-    Raises LorayError. The first Ctrl-C stops after the current step with a checkpoint, the second
-    at once (KeyboardInterrupt).
+    Raises LorayError. The first Ctrl-C or SIGTERM stops after the current step with a checkpoint,
+    the second at once (KeyboardInterrupt, SystemExit).
     """
     started = time.perf_counter()
     strategy.check(recipe)
@@ -71,6 +75,7 @@ def train(
         with (
             session.connect(address) as ray_session,
             sinks.opened(recipe.log.to, run_dir) as tell_sinks,
+            _stopping_on_sigterm(run_dir, say),
         ):
             from training import trainer
 
@@ -137,6 +142,25 @@ def _follow(
             loop.stop_file(run_dir).touch()
 
 
+@contextmanager
+def _stopping_on_sigterm(run_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """SIGTERM is a notice: `ray job stop`, SLURM and Kubernetes send it ahead of SIGKILL."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # of a search, which has a process of its own for signals
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, before)
+        loop.stop_file(run_dir).touch()
+        say("told to end (SIGTERM): stopping after this step, with a checkpoint")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _claim(run_dir: Path, recipe: TrainRecipe, data_fingerprint: str) -> None:
     """Write recipe.json for a new run; compare with it for one that is resumed."""
     path = run_dir / "recipe.json"
@@ -201,13 +225,20 @@ def _result(
 
 
 def _raise_failure(run_dir: Path, outcome: "Outcome") -> None:
-    """Raise what a worker left behind, or what Ray said."""
-    for path in sorted(run_dir.glob("failure-*.json")):
-        record: Mapping[str, str] = json.loads(path.read_text(encoding="utf-8"))
-        kind = getattr(errors, record["kind"], LorayError)
-        raise kind(record["message"])
-    if isinstance(outcome.error, LorayError):
-        raise outcome.error
+    """Raise what a worker said, or what Ray did."""
+    from training import failures
+
+    reason = failures.reason(outcome.error)
+    if reason is not None:
+        raise reason
+    if outcome.error is not None and memory.was_killed(run_dir):
+        raise ResourceError(
+            f"workers were killed for memory until scale.max_failures was used up, the last time "
+            f"with micro-batches of {_micro_batch_tokens(run_dir)} tokens. The same command goes "
+            "on with half of that, where a micro-batch still holds more than one example; else "
+            "lower data.max_length or scale.workers, set memory.gradient_checkpointing: on or "
+            f"model.quantization: nf4, or use a larger machine. Checkpoints are kept in {run_dir}"
+        )
     if outcome.error is not None:
         raise ClusterError(
             f"Ray Train gave up: {str(outcome.error).strip()[-2000:]}\nThe run's checkpoints are "
@@ -219,8 +250,12 @@ def _clean(run_dir: Path) -> None:
     for directory in (run_dir, run_dir / "checkpoints"):
         if directory.is_dir():
             storage.clean_leftovers(directory)
-    for path in [loop.stop_file(run_dir), *run_dir.glob("failure-*.json")]:
-        path.unlink(missing_ok=True)
+    loop.stop_file(run_dir).unlink(missing_ok=True)
+
+
+def _micro_batch_tokens(run_dir: Path) -> int | str:
+    plan = memory.stored(run_dir)
+    return "unknown" if plan is None else plan.micro_batch_tokens
 
 
 def _require_writable(run_dir: Path) -> None:

@@ -5,11 +5,12 @@ On two cores helpers and servers took 9 % of the training speed: the loop's two 
 each other, so that a pause of one is a pause of both. On a private Ray the controller therefore
 runs in the driver, and helpers that have nothing to do are not started or end at once; the servers
 likewise in `cluster.session`. `scripts/bench ray` measures what is left. The private names of Ray
-Train that this takes are all in this file.
+Train that this takes are all in this file, `failures.py` and `notice.py`.
 """
 
 import asyncio
 import logging
+import os
 import tempfile
 import threading
 from collections.abc import Callable, Collection
@@ -38,11 +39,16 @@ from ray.util.placement_group import (
 from cluster import config
 from cluster.errors import ResourceError
 from cluster.session import Session
-from training import worker
+from training import notice, worker
 from training.config import TrainRecipe
+from training.failures import FailurePolicy
 
 _GROUP_TIMEOUT_S = 1800
 """Longest wait of a worker for the others, which may be evaluating by generation."""
+_HUNG_AFTER_S = "60"
+"""Without an answer of a worker's actor, which has a thread for it beside that of the training: a
+worker that evaluates or writes for longer answers, a stopped process does not. Ray Train's own
+setting (600 s) wins where it is in the environment."""
 
 
 class Outcome:
@@ -84,6 +90,8 @@ def start(
     has fewer CPUs or GPUs than the recipe asks for.
     """
     cpus, gpus = _share_out(recipe, ray_session)
+    # Read where the controller starts workers: in this process, or in an actor that is given it.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", _HUNG_AFTER_S)
     if ray_session.is_private:
         end_workers([recipe.name])  # of a driver that was killed: nobody else has the lock
     spec = {
@@ -113,6 +121,7 @@ def start(
         ),
     )
     trainer.is_private = ray_session.is_private
+    trainer.run_dir = run_dir
     return Outcome(trainer.fit, scratch)
 
 
@@ -141,14 +150,19 @@ class _LeanTrainer(TorchTrainer):
 
     is_private = False
     """A private Ray ends with its driver, and leaves no placement group to clean up."""
+    run_dir = Path()
+    """Where the workers write."""
 
     def _create_default_callbacks(self) -> list[Any]:
         idle: tuple[type, ...] = (DatasetsCallback,)  # it serves Ray Data sets; we use none
         if self.is_private:
             idle = (*idle, PlacementGroupCleanerCallback)
-        return [call for call in super()._create_default_callbacks() if not isinstance(call, idle)]
+        calls = [call for call in super()._create_default_callbacks() if not isinstance(call, idle)]
+        return [*calls, notice.Listener()]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
+        config: Any = self.run_config.failure_config
+        options["failure_policy"] = FailurePolicy(config, self.run_dir)
         if not self.is_private:
             return super()._initialize_and_run_controller(**options)
         options["scaling_policy"] = _StillPolicy(self.scaling_config)

@@ -6,7 +6,8 @@ import logging
 import platform
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import torch
 from peft import PeftModel
 
 from cluster import __version__, config, ownership, storage
-from cluster.errors import DataError, LorayError, ResourceError
+from cluster.errors import DataError, LorayError, ResourceError, StorageError
 from training import checkpoint, dataset, loop, memory, model, objective, special_ids
 from training.checkpoint import State
 from training.config import TrainRecipe
@@ -40,19 +41,32 @@ def run(
     workers_here: int,
     data_fingerprint: str | None = None,
     is_held: bool = False,
+    is_told_to_end: Callable[[], bool] = lambda: False,
 ) -> None:
     """Train a recipe whose paths are absolute into `run_dir`; the result is its last event.
 
     workers_here: how many workers share this machine's memory. data_fingerprint: of the examples
-    as the driver saw them; None takes them as they are. is_held: see loop.Job. Raises LorayError;
-    the reason is in the run's events by then.
+    as the driver saw them; None takes them as they are. is_held, is_told_to_end: see loop.Job.
+    Raises LorayError, the reason being in the run's events by then if they can be written, and
+    loop.ToldToEnd.
     """
     events = EventLog(run_dir / "events.jsonl") if workers.is_first else None
     try:
-        _run(recipe, run_dir, workers, device, workers_here, data_fingerprint, events, is_held)
+        _run(
+            recipe,
+            run_dir,
+            workers,
+            device,
+            workers_here,
+            data_fingerprint,
+            events,
+            is_held,
+            is_told_to_end,
+        )
     except LorayError as error:
         if events is not None:
-            events.write("failed", sync=True, code=error.code, message=str(error))
+            with suppress(StorageError):  # a full disk has no room for saying so
+                events.write("failed", sync=True, code=error.code, message=str(error))
         raise
     finally:
         if events is not None:
@@ -68,6 +82,7 @@ def _run(
     data_fingerprint: str | None,
     events: EventLog | None,
     is_held: bool,
+    is_told_to_end: Callable[[], bool],
 ) -> None:
     started = time.perf_counter()
     attempt = ownership.next_attempt(run_dir) if workers.is_first else 0
@@ -87,7 +102,9 @@ def _run(
     chosen = objective.probe(
         peft_model, memory.random_probe(vocab_size, pad_id).to(device), base.autocast
     )
-    plan = _agree_on_memory(recipe, run_dir, base, chosen, data, pad_id, workers, workers_here)
+    plan = _agree_on_memory(
+        recipe, run_dir, base, chosen, data, pad_id, workers, workers_here, events
+    )
     memory.set_checkpointing(chosen, is_on=plan.gradient_checkpointing)
     trained = sum(p.numel() for p in model.trainable(peft_model).values())
     storage.require_free(
@@ -113,6 +130,7 @@ def _run(
         events=events,
         info=provenance(recipe, base, data),
         is_held=is_held,
+        is_told_to_end=is_told_to_end,
         scores=scores if recipe.evaluation.metrics_during_run else dict,
     )
     state = loop.fit(job)
@@ -211,14 +229,28 @@ def _agree_on_memory(
     pad_id: int,
     workers: Workers,
     workers_here: int,
+    events: EventLog | None,
 ) -> MemoryPlan:
-    """The run's stored plan, decided by the first worker where there is none."""
-    if workers.is_first and memory.stored(run_dir) is None:
-        longest = (
-            recipe.data.max_length
-            if data.train is None
-            else max(int(s.lengths.max()) for s in (data.train, data.eval) if s is not None)
-        )
+    """The run's stored plan, decided by the first worker where there is none.
+
+    Micro-batches are halved where the last attempt was killed for memory.
+    """
+    longest = (
+        recipe.data.max_length
+        if data.train is None
+        else max(int(s.lengths.max()) for s in (data.train, data.eval) if s is not None)
+    )
+    plan = memory.stored(run_dir)
+    if workers.is_first and plan is not None and memory.was_killed(run_dir):
+        share = -(-recipe.optim.global_batch_size // workers.size)
+        plan = memory.shrink(run_dir, plan, longest_tokens=longest, most_tokens=share * longest)
+        if events is not None:
+            events.write(
+                "warning",
+                message="a worker was killed for memory: from here on micro-batches have up to "
+                f"{plan.micro_batch_tokens} tokens, with the same global batch",
+            )
+    elif workers.is_first and plan is None:
         plan = memory.decide(
             recipe,
             base,
@@ -259,12 +291,12 @@ def peak_rss_bytes() -> int:
 def ray_worker(spec: dict[str, Any]) -> None:
     """The train function of TorchTrainer: find out who we are, then `run`.
 
-    An error that a retry cannot mend is left in the run's events, and the worker ends normally,
-    so that Ray does not spend its restarts on it; leaving the process group frees the others.
+    A LorayError ends the run: see `training.failures`.
     """
     import ray.train
     import ray.train.torch
-    import torch.distributed as dist
+
+    from training import notice
 
     context = ray.train.get_context()
     workers = Workers(rank=context.get_world_rank(), size=context.get_world_size())
@@ -272,28 +304,16 @@ def ray_worker(spec: dict[str, Any]) -> None:
     torch.set_num_threads(spec["threads"])
     recipe = config.build(TrainRecipe, spec["recipe"], where="recipe")
     run_dir = Path(spec["run_dir"])
-    try:
-        run(
-            recipe,
-            run_dir,
-            workers=workers,
-            device=device,
-            workers_here=context.get_local_world_size(),
-            data_fingerprint=spec["data_fingerprint"],
-            is_held=spec["is_held"],
-        )
-    except LorayError as error:
-        storage.write_file(run_dir / f"failure-{workers.rank}.json", failure_record(error))
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except RuntimeError:
-        if not list(run_dir.glob("failure-*.json")):  # another worker has said why
-            raise
-
-
-def failure_record(error: LorayError) -> bytes:
-    """An error as the driver reads it back."""
-    return json.dumps({"kind": type(error).__name__, "message": str(error)}).encode()
+    run(
+        recipe,
+        run_dir,
+        workers=workers,
+        device=device,
+        workers_here=context.get_local_world_size(),
+        data_fingerprint=spec["data_fingerprint"],
+        is_held=spec["is_held"],
+        is_told_to_end=notice.has_come,
+    )
 
 
 def with_absolute_paths(recipe: TrainRecipe) -> TrainRecipe:
