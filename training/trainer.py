@@ -11,7 +11,6 @@ Train that this takes are all in this file, `failures.py` and `notice.py`.
 import asyncio
 import logging
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -38,6 +37,7 @@ from ray.util.placement_group import (
 
 from cluster import config
 from cluster.errors import ResourceError
+from cluster.scratch import Scratch
 from cluster.session import Session
 from training import notice, worker
 from training.config import TrainRecipe
@@ -54,7 +54,7 @@ setting (600 s) wins where it is in the environment."""
 class Outcome:
     """A call in a thread: Ctrl-C must reach the main thread, not Ray's own handler."""
 
-    def __init__(self, call: Callable[[], object], scratch: tempfile.TemporaryDirectory[str]):
+    def __init__(self, call: Callable[[], object], scratch: Scratch):
         self.error: BaseException | None = None
         self._call = call
         self._scratch = scratch
@@ -67,7 +67,7 @@ class Outcome:
         except BaseException as error:  # handed over to the main thread
             self.error = error
         finally:
-            self._scratch.cleanup()
+            self._scratch.remove()
             self._ended.set()
 
     def is_over(self, timeout_s: float) -> bool:
@@ -103,7 +103,7 @@ def start(
     }
     # Ray's state of the run is not used: our checkpoints are the truth, so it gets a throw-away
     # place (a truncated checkpoint_manager_snapshot.json makes a run of Ray 2.60 unresumable).
-    scratch = tempfile.TemporaryDirectory(prefix="loray-train-", ignore_cleanup_errors=True)
+    scratch = Scratch()
     group = TorchConfig if recipe.scale.workers > 1 else _NoGroup
     trainer = _LeanTrainer(
         worker.ray_worker,
@@ -116,7 +116,7 @@ def start(
         ),
         run_config=RunConfig(
             name=recipe.name,
-            storage_path=scratch.name,
+            storage_path=str(scratch.path),
             failure_config=FailureConfig(max_failures=recipe.scale.max_failures),
         ),
     )
