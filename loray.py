@@ -35,9 +35,13 @@ Base = Annotated[str | None, typer.Option(help="Base model; default: the one it 
 @app.command()
 def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
     """Check a recipe and its data without training, and show one example as it is learned."""
-    from training import run, strategy
+    from training import mirror, run, strategy
 
     chosen = config.load(TrainRecipe, recipe, overrides or ())
+    store = mirror.Mirror.of(chosen)
+    if store is not None:
+        store.check()
+        print(f"storage {store.url} can be written and leased")
     print(f"strategy {strategy.check(chosen)}")
     for refusal in strategy.SUPPORT:
         given = ", ".join(f"{name}: {value}" for name, value in refusal.settings.items())

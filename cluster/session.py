@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, ConfigError
+from cluster.remote import is_url
 from cluster.scratch import Scratch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -90,13 +91,19 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> Itera
 
 
 def storage_root(storage: str) -> Path:
-    """The directory that a recipe's `storage` means, absolute.
+    """The directory that a recipe's `storage` means, a path or `file:///path`, absolute.
 
     A relative path starts at the current directory. In a Ray job that directory is an unpacked
     package, which Ray deletes when the job is over: there it starts at $LORAY_HOME, by default
-    ~/loray, on the node that runs the job, and a log line says so.
+    ~/loray, on the node that runs the job, and a log line says so. Raises ConfigError for the URL
+    of an object store.
     """
-    path = Path(storage).expanduser()
+    if is_url(storage):
+        raise ConfigError(
+            f"storage is {storage!r}; object stores hold training runs only, so name a directory "
+            "here that every node sees"
+        )
+    path = Path(storage.removeprefix("file://")).expanduser()
     if path.is_absolute():
         return path
     here = Path.cwd()

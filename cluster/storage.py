@@ -10,8 +10,9 @@ Names with a leading dot belong to this module: `.tmp-*` is unfinished, `.old-*`
 replaced, `.broken-*` is quarantined.
 
 What is covered: local and mounted directories on which rename, fsync and flock do what POSIX says.
-What is not covered: object stores, and a fenced attempt that is suspended for the instant between
-its fence check and its rename (it could still publish one directory, a whole and verified one).
+What is not covered: object stores (`cluster.remote`), and a fenced attempt that is suspended for
+the instant between its fence check and its rename (it could still publish one directory, a whole
+and verified one).
 """
 
 import errno
@@ -106,6 +107,21 @@ def commit(
         if isinstance(error, Exception):
             _raise_explained(error, final)
         raise
+
+
+def install(temporary: Path, final: Path) -> None:
+    """Rename a verified directory that was brought from elsewhere to `final`, replacing that.
+
+    Raises StorageError on any I/O error; `final` is then what it was.
+    """
+    try:
+        for _, path in _walk(temporary):
+            _fsync(path)
+        for folder, _, _ in os.walk(temporary):
+            _fsync(Path(folder))
+        _publish(temporary, final)
+    except OSError as error:
+        _raise_explained(error, final)
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -97,7 +97,7 @@ def prepare(options: argparse.Namespace, work: Path) -> None:
     lengths = sorted(len(e["input_ids"]) for e in examples)
     print(
         f"{len(examples)} examples, {sum(lengths)} real tokens, longest {lengths[-1]}, median "
-        f"{lengths[len(lengths) // 2]}, {len(data.train.bad)} rows left out",
+        f"{lengths[len(lengths) // 2]}, {data.train.facts.num_bad} rows left out",
         file=sys.stderr,
     )
 

@@ -8,10 +8,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import chaos
+import fsspec
 import pytest
 from tiny import make_base
+
+if TYPE_CHECKING:
+    from s3_server import S3Server
 
 # A shell without job control has what it starts in the background ignore Ctrl-C, and children of
 # that too; tests send it.
@@ -35,3 +40,17 @@ def nothing_left() -> Iterator[None]:
     """The test fails where it leaves a process or a temporary file."""
     with chaos.nothing_left():
         yield
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> "Iterator[S3Server]":
+    """An S3 server with an empty bucket, which this process and its children use."""
+    for name in ("s3fs", "moto"):
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install -e '.[dev]'")
+    from s3_server import s3_server
+
+    with s3_server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": server.endpoint})
+        yield server

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ class LocalCluster:
     """host:port for drivers."""
     token: str
     """What it asks for."""
+    join: Callable[[], "subprocess.Popen[bytes]"]
+    """Starts one node more, and waits until it has joined; as `second`."""
     second: "subprocess.Popen[bytes] | None" = None
     """`ray start` of the node that is not the head, which may be ended; its processes follow."""
 
@@ -71,21 +73,29 @@ def local_cluster(*, num_cpus: int = 2, has_two_nodes: bool = False) -> Iterator
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "PATH": path}
     head = _start(words, environment, directory / "start.log")
     seen: set[psutil.Process] = set()
-    second = None
+    nodes: list[subprocess.Popen[bytes]] = []
     try:
         address = f"http://127.0.0.1:{port}"
         _wait_until_up(head, address, token, directory)
         gcs_address = (directory / _ADDRESS_FILE).read_text().strip()
-        if has_two_nodes:
+
+        def join() -> "subprocess.Popen[bytes]":
             words = [
                 *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block"),
                 *(f"--address={gcs_address}", f"--temp-dir={directory}", f"--num-cpus={num_cpus}"),
                 *("--dashboard-agent-listen-port=0", "--object-store-memory=134217728"),
             ]
-            second = _start(words, environment, directory / "second.log")
-            _wait_until_joined(second, directory)
+            node = _start(words, environment, directory / f"node{len(nodes)}.log")
+            nodes.append(node)
+            _wait_until_joined(node, directory / f"node{len(nodes) - 1}.log")
+            return node
+
         yield LocalCluster(
-            jobs_address=address, gcs_address=gcs_address, token=token, second=second
+            jobs_address=address,
+            gcs_address=gcs_address,
+            token=token,
+            join=join,
+            second=join() if has_two_nodes else None,
         )
     finally:
         seen |= _processes_of(head, directory)
@@ -97,8 +107,8 @@ def local_cluster(*, num_cpus: int = 2, has_two_nodes: bool = False) -> Iterator
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         head.wait(_STOP_TIMEOUT_S)
-        if second is not None:
-            second.wait(_STOP_TIMEOUT_S)
+        for node in nodes:
+            node.wait(_STOP_TIMEOUT_S)
         _, alive = psutil.wait_procs(seen, timeout=10)
         left = alive or _processes_of(head, directory)
         shutil.rmtree(directory, ignore_errors=True)
@@ -112,12 +122,11 @@ def _start(words: list[str], env: dict[str, str], output: Path) -> "subprocess.P
         )
 
 
-def _wait_until_joined(second: "subprocess.Popen[bytes]", directory: Path) -> None:
-    output = directory / "second.log"
+def _wait_until_joined(node: "subprocess.Popen[bytes]", output: Path) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while "Ray runtime started" not in output.read_text():
-        if second.poll() is not None or time.monotonic() > deadline:
-            raise AssertionError(f"the second node did not start: {output.read_text()}")
+        if node.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError(f"the node did not start: {output.read_text()}")
         time.sleep(0.2)
 
 

@@ -45,9 +45,12 @@ def call(
     return finish(start(words, cwd, extra))
 
 
-def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+def wait_until(
+    condition: Callable[[], bool], process: "subprocess.Popen[str] | None" = None
+) -> None:
+    """Wait, while the process lives where one is given."""
     deadline = time.monotonic() + DEADLINE_S
     while not condition():
-        assert process.poll() is None, process.communicate()[1]
+        assert process is None or process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, "nothing happened in time"
         time.sleep(0.05)

@@ -1,7 +1,7 @@
 """Small real runs, in this process and without Ray."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from cluster import config
 from training import worker
 from training.config import TrainRecipe
 from training.events import Event, EventReader
+from training.mirror import Mirror
 from training.strategy import Workers
 
 COLOURS = ("red", "green", "blue", "white", "black", "amber")
@@ -49,7 +50,8 @@ def make_recipe(directory: Path, base: Path, **sections: Mapping[str, Any]) -> T
 
 def run_dir_of(recipe: TrainRecipe) -> Path:
     """Where the run of a recipe is."""
-    return Path(recipe.storage) / recipe.name
+    mirror = Mirror.of(recipe)
+    return Path(recipe.storage) / recipe.name if mirror is None else mirror.run_dir
 
 
 def train(recipe: TrainRecipe, *, is_held: bool = False) -> Event:
@@ -70,6 +72,21 @@ def train(recipe: TrainRecipe, *, is_held: bool = False) -> Event:
     finally:
         torch.set_num_threads(threads)
     return events_of(recipe)[-1]
+
+
+def run_here(workers: Workers, recipes: Sequence[TrainRecipe]) -> None:
+    """Run recipes one after the other as one of `workers`; of single ones, the first does all."""
+    for recipe in recipes:
+        is_single = recipe.scale.strategy == "single"
+        if is_single and not workers.is_first:
+            continue
+        worker.run(
+            recipe,
+            run_dir_of(recipe),
+            workers=Workers() if is_single else workers,
+            device=torch.device("cpu"),
+            workers_here=workers.size,
+        )
 
 
 def events_of(recipe: TrainRecipe, kind: str | None = None) -> list[Event]:

@@ -15,7 +15,7 @@ import pytest
 from local_cluster import free_port
 
 from cluster import session
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, ConfigError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -179,6 +179,12 @@ def test_storage_is_relative_to_the_current_directory(
     assert session.storage_root("runs") == tmp_path / "runs"
     assert session.storage_root("/mnt/shared") == Path("/mnt/shared")
     assert session.storage_root("~/runs") == Path.home() / "runs"
+    assert session.storage_root("file:///mnt/shared") == Path("/mnt/shared")
+
+
+def test_an_object_store_is_not_taken_for_a_directory() -> None:
+    with pytest.raises(ConfigError, match="object stores hold training runs only"):
+        session.storage_root("s3://bucket/runs")
 
 
 @pytest.mark.parametrize(

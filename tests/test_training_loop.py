@@ -17,7 +17,7 @@ from tiny import ARCHITECTURES, make_base
 
 from cluster import ownership, storage
 from cluster.errors import ConfigError, StorageError, TrainingError
-from training import checkpoint, loop, seat
+from training import checkpoint, loop, optimizer, seat
 from training.config import EvaluationConfig, TrainRecipe
 
 
@@ -239,14 +239,14 @@ def test_layers_that_do_not_learn_are_named(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_recipe(tmp_path, tiny_base)
-    real = seat.Seat._reduce
+    real = optimizer.Replicated.reduce
 
-    def cut_off(self: seat.Seat, *also: torch.Tensor) -> None:
-        for parameter in list(self.parameters.values())[2:4]:
+    def cut_off(self: optimizer.Replicated, *sums: torch.Tensor) -> None:
+        for parameter in list(self._parameters.values())[2:4]:
             parameter.grad = None
-        real(self, *also)
+        real(self, *sums)
 
-    monkeypatch.setattr(seat.Seat, "_reduce", cut_off)
+    monkeypatch.setattr(optimizer.Replicated, "reduce", cut_off)
     with pytest.raises(TrainingError, match=r"2 of 28 adapter tensors.*k_proj\.lora_A"):
         train(recipe)
 

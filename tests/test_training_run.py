@@ -222,7 +222,8 @@ def bad_calls(directory: Path, base: Path) -> dict[str, tuple[list[str], str]]:
         "too long": ([recipe, "data.max_length=8"], "max_length"),
         "no ray": ([recipe, "--address", "127.0.0.1:1"], "cannot be reached"),
         "unwritable": ([recipe, "storage=/proc/nowhere"], "cannot create"),
-        "remote storage": ([recipe, "storage=s3://bucket/runs"], "mounted"),
+        "private storage": ([recipe, "storage=memory://runs"], "no two processes share"),
+        "unknown storage": ([recipe, "storage=strange://bucket"], "Protocol not known"),
     }
 
 
@@ -256,3 +257,29 @@ def test_a_run_in_progress_is_not_entered(
     with ownership.RunLock(run_dir_of(recipe)):
         assert main([str(path)]) == 1
     assert str(os.getpid()) in capsys.readouterr().err
+
+
+@pytest.mark.ray
+def test_two_workers_train_on_the_stream_that_one_trains_on(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    for name, workers in (("one", 1), ("two", 2)):
+        recipe = make_recipe(
+            tmp_path,
+            tiny_base,
+            name=name,
+            data={"streaming": True},
+            scale={"workers": workers, "cpus_per_worker": 1},
+        )
+        path = write_recipe(recipe, tmp_path / f"{name}.yaml")
+        if workers == 1:
+            train(recipe)
+        else:
+            status, _, err = call(["training", str(path)], tmp_path)
+            assert status == 0, err
+    one, two = (
+        events_of(make_recipe(tmp_path, tiny_base, name=name), "step") for name in ("one", "two")
+    )
+    assert [step.fields["real_tokens"] for step in one] == [s.fields["real_tokens"] for s in two]
+    for before, after in zip(one, two, strict=True):
+        assert after.number("loss") == pytest.approx(before.number("loss"), abs=1e-5)

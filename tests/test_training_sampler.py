@@ -90,9 +90,10 @@ def stream_order(
     source: str, *, max_steps: int = 6, seed: int = 0, skip: bool = False
 ) -> StreamOrder:
     tokenizer = byte_tokenizer()
+    encoder = Encoder(tokenizer, stop_ids=stop_ids(tokenizer, None))
     return StreamOrder(
         source,
-        Encoder(tokenizer, stop_ids=stop_ids(tokenizer, None)),
+        lambda rows: [encoder.try_encode(row) for row in rows],
         global_batch_size=4,
         seed=seed,
         max_steps=max_steps,

@@ -8,10 +8,30 @@ from runs import make_recipe
 from training import strategy
 
 
-@pytest.mark.parametrize("kind", ["zero1", "zero2", "zero3"])
-def test_deepspeed_is_refused_by_name(tmp_path: Path, kind: str) -> None:
-    recipe = make_recipe(tmp_path, tmp_path, scale={"strategy": kind})
-    with pytest.raises(ValueError, match=f"scale.strategy: {kind}: .*Use instead: ddp"):
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        ({"optim": {"optimizer": "adamw_8bit"}, "scale": {"strategy": "zero2"}}, "in blocks of"),
+        (
+            {"evaluation": {"metrics": ["loss", "rouge_l"]}, "scale": {"strategy": "zero3"}},
+            "no whole base under ZeRO-3",
+        ),
+        ({"scale": {"offload_optimizer": True, "workers": 2}}, "only DeepSpeed moves"),
+        (
+            {
+                "model": {"base": "x", "quantization": "nf4"},
+                "lora": {"variant": "dora"},
+                "scale": {"strategy": "zero3"},
+            },
+            "of which ZeRO-3 knows nothing",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_what_to_use(
+    tmp_path: Path, sections: dict[str, dict[str, object]], reason: str
+) -> None:
+    recipe = make_recipe(tmp_path, tmp_path, **sections)
+    with pytest.raises(ValueError, match=f"{reason}.*Use instead: "):
         strategy.check(recipe)
 
 

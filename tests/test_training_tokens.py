@@ -1,8 +1,6 @@
-"""From text to ids and labels: what is learned, what is not, and a cache that is never trusted."""
+"""From text to ids and labels: what is learned, and what is not."""
 
 import json
-import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from cluster.errors import DataError, ModelError
-from training import examples
-from training import token_set as token_set_room
-from training.config import DataConfig
-from training.examples import BadRow, Example, Message, Rows
+from training.examples import BadRow, Example, Message
 from training.special_ids import check_special_ids, choose_pad_id, stop_ids
-from training.token_set import TokenSet, tokenize
 from training.tokens import IGNORE, Encoded, Encoder, Mask, Template
 
 START, END, PAD = 256, 257, 258
@@ -366,125 +360,6 @@ def test_an_end_that_is_no_stop_token_is_noticed() -> None:
     tokenizer = byte_tokenizer()
     blind = Encoder(tokenizer, stop_ids=frozenset({PAD}))
     assert not blind.encode(chat("Hi", "Hello")).has_end
-
-
-def token_set() -> TokenSet:
-    rows = Rows(
-        examples=(chat("Hi", "Hello"), chat("a", "one", "b", "two")), bad=(), fingerprint=""
-    )
-    return tokenize(rows, encoder())
-
-
-def test_a_token_set_gives_back_what_went_in() -> None:
-    tokens_ = token_set()
-    expected = encoder().encode(chat("a", "one", "b", "two"))
-    assert len(tokens_) == 2
-    assert tokens_[1].input_ids.tolist() == tokens_[-1].input_ids.tolist()
-    assert tokens_[1].input_ids.tolist() == expected.input_ids.tolist()
-    assert tokens_[1].labels.tolist() == expected.labels.tolist()
-    assert tokens_.lengths.tolist() == [len(item.input_ids) for item in tokens_]
-    assert tokens_.num_supervised == sum(item.num_supervised for item in tokens_)
-    assert [item.id for item in tokens_[:1]] == ["train.jsonl:1"]
-    with pytest.raises(IndexError):
-        tokens_[2]
-
-
-def test_rows_that_cannot_be_encoded_follow_on_bad_row() -> None:
-    rows = Rows(examples=(chat("Hi", "Hello"), chat("x" * 50, "y")), bad=(), fingerprint="")
-    with pytest.raises(DataError, match=r"1 of 2 rows are bad.*\n.*beyond max_length 60"):
-        tokenize(rows, encoder(max_length=60))
-    kept = tokenize(rows, encoder(max_length=60), on_bad_row="skip")
-    assert (len(kept), len(kept.bad)) == (1, 1)
-
-
-def write(path: Path, *pairs: tuple[str, str]) -> str:
-    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def load(source: str, cache: Path, *, skip: bool = False, **settings: int) -> TokenSet:
-    return token_set_room.load(
-        source,
-        data=DataConfig(train=source, on_bad_row="skip" if skip else "error"),
-        encoder=encoder(**settings),
-        tokenizer_fingerprint="bytes",
-        cache_dir=cache,
-    )
-
-
-def cached_files(cache: Path) -> list[Path]:
-    return sorted((cache / "tokens").iterdir()) if (cache / "tokens").exists() else []
-
-
-def test_the_second_load_comes_from_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = write(tmp_path / "train.jsonl", ("Hi", "Hello"), ("a", "one"))
-    first = load(source, tmp_path)
-    assert len(cached_files(tmp_path)) == 1
-    monkeypatch.setattr(examples, "read", None)  # Would fail if it were called.
-    second = load(source, tmp_path)
-    assert first.fingerprint == second.fingerprint
-    for before, after in zip(first, second, strict=True):
-        assert (before.id, before.has_end, before.is_truncated) == (
-            after.id,
-            after.has_end,
-            after.is_truncated,
-        )
-        assert before.labels.tolist() == after.labels.tolist()
-
-
-def test_the_cache_is_keyed_by_contents_and_settings(tmp_path: Path) -> None:
-    source = write(tmp_path / "train.jsonl", ("Hi", "Hello"))
-    load(source, tmp_path)
-    load(source, tmp_path, max_length=512)
-    write(tmp_path / "train.jsonl", ("Hi", "Bye"))
-    assert load(source, tmp_path).num_supervised == 4
-    assert len(cached_files(tmp_path)) == 3
-
-
-@pytest.mark.parametrize("damage", ["empty", "truncate", "flip", "garbage"])
-def test_a_damaged_cache_is_rebuilt_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
-) -> None:
-    source = write(tmp_path / "train.jsonl", ("Hi", "Hello"))
-    first = load(source, tmp_path)
-    (path,) = cached_files(tmp_path)
-    data = path.read_bytes()
-    path.write_bytes(
-        {
-            "empty": b"",
-            "truncate": data[: len(data) // 2],
-            "flip": data[:-200] + bytes([data[-200] ^ 1]) + data[-199:],
-            "garbage": b"\xff" * 100,
-        }[damage]
-    )
-    with caplog.at_level(logging.WARNING):
-        again = load(source, tmp_path)
-    assert again.fingerprint == first.fingerprint
-    assert "token_cache_rebuilt" in caplog.text
-    assert cached_files(tmp_path) == [path]
-    caplog.clear()
-    assert load(source, tmp_path).fingerprint == first.fingerprint
-    assert not caplog.text
-
-
-def test_bad_rows_stay_bad_when_they_come_from_the_cache(tmp_path: Path) -> None:
-    source = write(tmp_path / "train.jsonl", ("Hi", "Hello"), ("x", ""))
-    assert len(load(source, tmp_path, skip=True).bad) == 1
-    assert len(load(source, tmp_path, skip=True).bad) == 1
-    with pytest.raises(DataError, match="1 of 2 rows are bad"):
-        load(source, tmp_path)
-
-
-def test_a_cache_that_cannot_be_written_only_warns(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    source = write(tmp_path / "train.jsonl", ("Hi", "Hello"))
-    (tmp_path / "file").touch()
-    assert len(load(source, tmp_path / "file")) == 1
-    assert "token_cache_not_written" in caplog.text
 
 
 def test_stop_ids_are_the_tokenizers_and_the_generation_configs() -> None:

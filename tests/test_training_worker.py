@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from runs import events_of, make_recipe, run_dir_of, train
+from runs import events_of, make_recipe, run_dir_of, train, write_rows
 from transformers import AutoModelForCausalLM
 
 from cluster import storage
 from cluster.errors import DataError, ResourceError
-from training import checkpoint, memory, worker
+from training import checkpoint, dataset, memory, run, worker
 from training import model as model_room
 from training.config import ModelConfig
 from training.strategy import Workers
@@ -45,7 +45,7 @@ def test_other_data_than_the_driver_saw_is_refused(tmp_path: Path, tiny_base: Pa
             workers=Workers(),
             device=torch.device("cpu"),
             workers_here=1,
-            data_fingerprint="another",
+            seen=dataset.Seen(fingerprint="another"),
         )
 
 
@@ -98,3 +98,26 @@ def test_the_adapter_loads_in_stock_peft_with_the_same_logits(
         torch.testing.assert_close(stock(input_ids=ids).logits, expected, rtol=0, atol=1e-6)
         with ours.disable_adapter():
             assert not torch.allclose(ours(input_ids=ids).logits, expected, atol=1e-4)
+
+
+def test_a_worker_takes_the_token_sets_that_the_driver_has_made(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    recipe = make_recipe(
+        tmp_path, tiny_base, data={"eval": str(write_rows(tmp_path / "eval.jsonl", 5))}
+    )
+    seen = run.inspect(recipe, lambda _: None).seen
+    for name in ("train.jsonl", "eval.jsonl"):
+        (tmp_path / name).unlink()  # on another node they need not be
+    run_dir_of(recipe).mkdir(parents=True)
+    worker.run(
+        recipe,
+        run_dir_of(recipe),
+        workers=Workers(),
+        device=torch.device("cpu"),
+        workers_here=1,
+        seen=seen,
+    )
+    assert events_of(recipe)[-1].kind == "finished"
+    made = {path.name for path in (Path(recipe.storage) / ".tokens").glob("[!.]*")}
+    assert made == {seen.train, seen.eval}

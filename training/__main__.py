@@ -52,6 +52,9 @@ def train(
     if as_json:
         print(json.dumps(result), flush=True)
     else:
+        where = result["adapter_url"]
+        if where:
+            say(f"published as {where}")
         say(
             f"adapter {result['adapter']} (step {result['steps']}, loss "
             f"{result['final_loss']:.4f}, {result['real_tokens_per_s']:.0f} real tokens/s)"

@@ -20,12 +20,12 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from cluster import ownership, storage
 from cluster.errors import AdapterError, StorageError
-from training.model import ADAPTER, adapter_parameters
+from training.model import ADAPTER
+from training.optimizer import Packed
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def directory(run_dir: Path, step: int) -> Path:
 def save(
     run_dir: Path,
     model: PeftModel,
-    optimizer: Optimizer,
+    optimizer: Packed,
     state: State,
     *,
     attempt: int,
@@ -79,9 +79,8 @@ def save(
 
     def write(temporary: Path) -> None:
         write_adapter(model, temporary, adapter=adapter)
-        tensors, numbers = _pack_optimizer(adapter_parameters(model, adapter), optimizer)
-        save_file(tensors, temporary / "optimizer.safetensors")
-        body = {"state": asdict(state), "optimizer": numbers}
+        save_file(dict(optimizer.tensors), temporary / "optimizer.safetensors")
+        body = {"state": asdict(state), "optimizer": optimizer.numbers}
         (temporary / "state.json").write_text(json.dumps(body, indent=1), encoding="utf-8")
         check_adapter(temporary, model, must_have_moved=state.applied_steps > 0, adapter=adapter)
 
@@ -93,6 +92,11 @@ def save(
         is_fenced=lambda: not ownership.is_current_attempt(run_dir, attempt),
     )
     return final
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's directory."""
+    return int(path.name.removeprefix("step-"))
 
 
 def find_latest_valid(run_dir: Path, on_broken: Callable[[str], None] = log.warning) -> Path | None:
@@ -112,20 +116,15 @@ def find_latest_valid(run_dir: Path, on_broken: Callable[[str], None] = log.warn
     return None
 
 
-def restore(path: Path, model: PeftModel, optimizer: Optimizer, *, adapter: str = ADAPTER) -> State:
-    """Load a verified checkpoint into a model and optimiser of the same recipe.
+def restore(path: Path, model: PeftModel, *, adapter: str = ADAPTER) -> tuple[State, Packed]:
+    """Load a verified checkpoint into a model of the same recipe; where it stood, what it steps by.
 
     Raises AdapterError where its parameters are not those of the model.
     """
     load_adapter(path, model, adapter=adapter)
     body = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    _unpack_optimizer(
-        adapter_parameters(model, adapter),
-        optimizer,
-        load_file(path / "optimizer.safetensors"),
-        body["optimizer"],
-    )
-    return State(**body["state"])
+    packed = Packed(load_file(path / "optimizer.safetensors"), body["optimizer"])
+    return State(**body["state"]), packed
 
 
 def adopt(source: Path, target: Path, *, step: int | None = None) -> int:
@@ -150,7 +149,7 @@ def adopt(source: Path, target: Path, *, step: int | None = None) -> int:
     if final.exists():
         shutil.rmtree(final.rename(target / ".tmp-adopted"))
     fresh.rename(final)
-    return int(found.name.removeprefix("step-"))
+    return step_of(found)
 
 
 def prune(run_dir: Path, *, keep: int, best_step: int | None) -> None:
@@ -159,6 +158,13 @@ def prune(run_dir: Path, *, keep: int, best_step: int | None) -> None:
     for step in sorted(steps)[:-keep]:
         if step != best_step:
             _remove(steps[step])
+
+
+def keep_only(run_dir: Path, step: int | None) -> None:
+    """Remove all checkpoints but that of `step`; None removes all."""
+    for other, path in _steps(run_dir).items():
+        if other != step:
+            _remove(path)
 
 
 def rewind(run_dir: Path, *, step: int) -> Path:
@@ -271,35 +277,3 @@ def _steps(run_dir: Path) -> dict[int, Path]:
     found = (run_dir / "checkpoints").glob("step-*")
     matches = ((_STEP.match(path.name), path) for path in found)
     return {int(match.group(1)): path for match, path in matches if match}
-
-
-def _pack_optimizer(
-    parameters: Mapping[str, Tensor], optimizer: Optimizer
-) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, dict[str, float]] = {}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"{name}/{key}"] = value.detach().cpu().clone().contiguous()
-            else:
-                numbers.setdefault(name, {})[key] = value
-    return tensors, numbers
-
-
-def _unpack_optimizer(
-    parameters: Mapping[str, Tensor],
-    optimizer: Optimizer,
-    tensors: Mapping[str, Tensor],
-    numbers: Mapping[str, Mapping[str, float]],
-) -> None:
-    for name, parameter in parameters.items():
-        state: dict[str, Any] = dict(numbers.get(name, {}))
-        prefix = f"{name}/"
-        for key, tensor in tensors.items():
-            if key.startswith(prefix):
-                # AdamW keeps its step count on the CPU unless it is fused or capturable.
-                is_scalar = tensor.ndim == 0
-                state[key[len(prefix) :]] = tensor if is_scalar else tensor.to(parameter.device)
-        if state:
-            optimizer.state[parameter] = state

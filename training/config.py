@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cluster import remote
 from cluster.errors import ConfigError
 
 
@@ -51,7 +52,7 @@ class DataConfig:
     on_bad_row: Literal["error", "skip"] = "error"
     """A bad row stops the run, or is skipped, counted and listed."""
     streaming: bool = False
-    """Read rows as they are needed, for data larger than memory; needs optim.max_steps."""
+    """Read rows as they are needed, rather than tokenise all beforehand; needs optim.max_steps."""
 
     def __post_init__(self) -> None:
         _require(bool(self.train), "data.train", self.train, "a file, glob, directory or hub id")
@@ -169,19 +170,29 @@ class MemoryConfig:
 class ScaleConfig:
     """How many Ray Train workers there are, and what each gets."""
 
-    workers: int = 1
-    """Ray Train workers."""
+    workers: int | tuple[int, ...] = 1
+    """Ray Train workers; [2, 8] takes as many as the cluster has room for, and goes on from the
+    last checkpoint with more or fewer as nodes come and go."""
     cpus_per_worker: int | Literal["auto"] = "auto"
     """CPU cores of a worker; auto shares out the cluster's."""
     gpus_per_worker: int | Literal["auto"] = "auto"
     """GPUs of a worker; auto is 1 where the cluster has enough, else 0."""
     strategy: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"] = "auto"
     """How gradients and optimiser state are spread; auto is single for 1 worker, ddp for more."""
+    offload_optimizer: bool = False
+    """Keep the state of the optimiser in the memory of the host; zero1, zero2 and zero3 only."""
     max_failures: int = 3
     """Restarts from the newest valid checkpoint after a lost worker; -1 is no limit."""
 
     def __post_init__(self) -> None:
-        _require(1 <= self.workers <= 4096, "scale.workers", self.workers, "1..4096")
+        least, most = self.least_workers, self.most_workers
+        is_range = self.workers == (least, most) and least < most
+        _require(
+            (is_range or not self.is_elastic) and least >= 1 and most <= 4096,
+            "scale.workers",
+            self.workers,
+            "1..4096, or [least, most]",
+        )
         if self.cpus_per_worker != "auto":
             _require(
                 1 <= self.cpus_per_worker <= 1024,
@@ -202,6 +213,21 @@ class ScaleConfig:
             self.max_failures,
             "-1 (no limit) to 1000",
         )
+
+    @property
+    def least_workers(self) -> int:
+        """Fewer than these do not train."""
+        return self.workers if isinstance(self.workers, int) else min(self.workers, default=0)
+
+    @property
+    def most_workers(self) -> int:
+        """More than these are not started."""
+        return self.workers if isinstance(self.workers, int) else max(self.workers, default=0)
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change during a run."""
+        return not isinstance(self.workers, int)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -268,7 +294,7 @@ class TrainRecipe:
     name: str
     """The run's directory is <storage>/<name>."""
     storage: str = "runs"
-    """Directory that holds runs, shared by all nodes."""
+    """What holds runs: a directory that all nodes share, or a URL such as s3://bucket/runs."""
     model: ModelConfig
     data: DataConfig
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -288,22 +314,19 @@ class TrainRecipe:
             self.name,
             "up to 100 letters, digits, '-', '_' and '.', not starting with '.'",
         )
-        if "://" in self.storage:
-            raise ConfigError(
-                f"storage is {self.storage!r}; this version writes to local or mounted "
-                "directories only: give a path that every node sees"
-            )
+        if remote.is_url(self.storage):
+            remote.require_url(self.storage)
         if self.data.streaming and self.optim.max_steps is None:
             raise ConfigError("data.streaming needs optim.max_steps: a stream has no known length")
         if self.evaluation.every_steps and not self.data.eval:
             raise ConfigError("evaluation.every_steps needs data.eval: name the held-out examples")
-        if self.optim.global_batch_size < self.scale.workers:
+        workers = self.scale.most_workers
+        if self.optim.global_batch_size < workers:
             raise ConfigError(
                 f"optim.global_batch_size is {self.optim.global_batch_size} for "
-                f"{self.scale.workers} workers; give every worker at least one example"
+                f"{workers} workers; give every worker at least one example"
             )
-        if self.scale.strategy == "single" and self.scale.workers > 1:
+        if self.scale.strategy == "single" and workers > 1:
             raise ConfigError(
-                f"scale.strategy is single with {self.scale.workers} workers; "
-                "use ddp (or auto), or one worker"
+                f"scale.strategy is single with {workers} workers; use ddp (or auto), or one worker"
             )

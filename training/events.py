@@ -81,18 +81,18 @@ class EventReader:
             return
         end = block.rfind(b"\n") + 1
         self._offset += end
-        for line in block[:end].splitlines():
-            event = _parse(line)
-            if event is not None:
-                yield event
+        yield from parse(block[:end])
 
 
-def _parse(line: bytes) -> Event | None:
-    try:
-        fields = json.loads(line)
-        return Event(kind=fields.pop("event"), time_s=fields.pop("time"), fields=fields)
-    except (ValueError, KeyError, AttributeError, TypeError):
-        return None  # a torn line
+def parse(block: bytes) -> Iterator[Event]:
+    """The events of whole lines; torn ones are passed over."""
+    for line in block.splitlines():
+        try:
+            fields = json.loads(line)
+            event = Event(kind=fields.pop("event"), time_s=fields.pop("time"), fields=fields)
+        except (ValueError, KeyError, AttributeError, TypeError):
+            continue
+        yield event
 
 
 def _last_byte(path: Path) -> bytes:

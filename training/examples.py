@@ -133,7 +133,7 @@ def read(
         else:
             bad.append(item)
     if bad and (on_bad_row == "error" or not examples):
-        raise bad_rows_error(bad, num_rows=len(examples) + len(bad))
+        raise bad_rows_error(bad, num_bad=len(bad), num_rows=len(examples) + len(bad))
     return Rows(examples=tuple(examples), bad=tuple(bad), fingerprint=fingerprint(source))
 
 
@@ -176,23 +176,36 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
+def state(source: Source) -> list[tuple[str, int, int, int, int]]:
+    """What changes when a file of a source is written to; nothing is read. Empty for hub ids."""
+    paths: list[Path] = []
+    for place in _places(source):
+        path = Path(place.name).expanduser()
+        if place.kind == "file":
+            paths.append(path)
+        elif place.kind == "saved":
+            paths += sorted(p for p in path.rglob("*") if p.is_file())
+    stats = [(str(path), path.stat()) for path in paths]
+    return [(name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats]
+
+
 def labels(source: Source) -> list[str]:
     """The names that example ids of this source start with, one a file or dataset."""
     return [place.label for place in _places(source)]
 
 
-def bad_rows_error(bad: Sequence[BadRow], *, num_rows: int) -> DataError:
-    """The error that lists the first few bad rows out of `num_rows`."""
+def bad_rows_error(bad: Sequence[BadRow], *, num_bad: int, num_rows: int) -> DataError:
+    """The error about `num_bad` bad rows out of `num_rows`; `bad` are the first of them."""
     lines = [f"  {row.where}: {row.reason}" for row in bad[:_NUM_SHOWN]]
-    if len(bad) > _NUM_SHOWN:
-        lines.append(f"  and {len(bad) - _NUM_SHOWN} more")
+    if num_bad > _NUM_SHOWN:
+        lines.append(f"  and {num_bad - _NUM_SHOWN} more")
     advice = (
         "repair them, or set data.on_bad_row: skip to leave them out"
-        if len(bad) < num_rows
+        if num_bad < num_rows
         else "no row can be used: repair the data, or name its shape with data.format"
     )
     listing = "\n".join(lines)
-    return DataError(f"{len(bad)} of {num_rows} rows are bad; {advice}\n{listing}")
+    return DataError(f"{num_bad} of {num_rows} rows are bad; {advice}\n{listing}")
 
 
 def _places(source: Source) -> list[_Place]:

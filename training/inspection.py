@@ -44,8 +44,10 @@ class DataReport:
     """chat, alpaca or plain."""
     mask: str
     """completion, all or last_turn."""
-    bad: tuple[BadRow, ...]
+    num_bad: int
     """Rows that were left out."""
+    bad: tuple[BadRow, ...]
+    """The first of them."""
     sample: str
     """One example, decoded, its supervised parts between ⟦ and ⟧; empty without examples."""
 
@@ -60,11 +62,11 @@ class DataReport:
             f"truncated     {_percent(self.num_truncated, self.num_examples)}",
             f"supervised    {_percent(self.num_supervised, self.num_tokens)} of tokens",
             f"without end   {_percent(self.num_without_end, whole)} of examples not truncated",
-            f"bad rows      {len(self.bad)}" + (" (left out)" if self.bad else ""),
+            f"bad rows      {self.num_bad}" + (" (left out)" if self.bad else ""),
         ]
         out += [f"  {row.where}: {row.reason}" for row in self.bad[:_NUM_BAD_SHOWN]]
-        if len(self.bad) > _NUM_BAD_SHOWN:
-            out.append(f"  and {len(self.bad) - _NUM_BAD_SHOWN} more")
+        if self.num_bad > _NUM_BAD_SHOWN:
+            out.append(f"  and {self.num_bad - _NUM_BAD_SHOWN} more")
         if self.sample:
             out += ["one example, supervised between ⟦ and ⟧:", *self.sample.splitlines()]
         return out
@@ -78,38 +80,29 @@ def inspect(
     vocab_size: int | None = None,
 ) -> DataReport:
     """Measure a token set; `vocab_size` is the rows of the model's embedding."""
-    lengths = tokens.lengths
-    limit = len(tokenizer) if vocab_size is None else vocab_size
-    points = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
-    percentiles = (
-        {
-            name: int(np.percentile(lengths, point, method="higher"))
-            for name, point in points.items()
-        }
-        if len(tokens)
-        else {}
-    )
+    facts = tokens.facts
     return DataReport(
-        num_examples=len(tokens),
-        num_tokens=len(tokens.ids),
-        num_supervised=tokens.num_supervised,
-        length_percentiles=percentiles,
-        num_truncated=int(tokens.is_truncated.sum()),
-        num_without_end=int((~tokens.is_truncated & ~tokens.has_end).sum()),
-        num_out_of_vocabulary=int(((tokens.ids < 0) | (tokens.ids >= limit)).sum()),
-        largest_id=int(tokens.ids.max(initial=-1)),
+        num_examples=facts.num_examples,
+        num_tokens=facts.num_tokens,
+        num_supervised=facts.num_supervised,
+        length_percentiles=dict(facts.length_percentiles),
+        num_truncated=facts.num_truncated,
+        num_without_end=facts.num_without_end,
+        num_out_of_vocabulary=tokens.num_outside(vocab_size or len(tokenizer)),
+        largest_id=facts.largest_id,
         vocab_size=vocab_size,
         max_length=encoder.max_length,
         template=encoder.template_name,
         mask=encoder.mask,
-        bad=tokens.bad,
-        sample=_marked(_typical(tokens), tokenizer) if len(tokens) else "",
+        num_bad=facts.num_bad,
+        bad=facts.bad,
+        sample=_marked(tokens[facts.typical], tokenizer) if len(tokens) else "",
     )
 
 
 def refuse(report: DataReport) -> None:
     """Raise DataError for data that would train nothing, or something broken."""
-    bad = f"; {len(report.bad)} bad rows were left out" if report.bad else ""
+    bad = f"; {report.num_bad} bad rows were left out" if report.bad else ""
     if not report.num_examples:
         first = f", the first of them {_shown(report.bad[0])}" if report.bad else ""
         raise DataError(f"there are no examples to train on{bad}{first}")
@@ -137,12 +130,6 @@ def refuse(report: DataReport) -> None:
             "token that neither the tokenizer's eos_token nor generation_config's eos_token_id "
             "names: add it there, or set data.template: alpaca"
         )
-
-
-def _typical(tokens: TokenSet) -> Encoded:
-    """The example of median length, the first of several."""
-    order = np.argsort(tokens.lengths, kind="stable")
-    return tokens[int(order[(len(order) - 1) // 2])]
 
 
 def _marked(example: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -23,10 +23,12 @@ from training import checkpoint, memory
 from training.checkpoint import State
 from training.config import TrainRecipe
 from training.events import EventLog
+from training.mirror import Mirror
 from training.model import ADAPTER, adapter_parameters
 from training.seat import Batches, Seat, Step, Trunk, eval_loss, turn
 from training.strategy import Workers
 from training.tokens import Encoded
+from training.zero import Sharded
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +57,14 @@ class Job:
     """What manifests say about where the adapter comes from."""
     scores: Callable[[], Mapping[str, float]] = dict
     """What else an evaluation measures, by metric; asked on the first worker only."""
+    mirror: Mirror | None = None
+    """Of a run whose storage is an object store."""
     is_held: bool = False
     """Wait after each due checkpoint until `let_pass`, for whoever judges the run."""
     is_told_to_end: Callable[[], bool] = lambda: False
     """Whether this worker is to be taken away soon; asked once a step."""
+    sharded: Sharded | None = None
+    """Steps the parameters where workers share their state."""
     clock: Callable[[], float] = time.perf_counter
 
     def report(self, kind: str, **fields: Any) -> None:
@@ -80,6 +86,7 @@ def fit(job: Job) -> State:
         parameters=adapter_parameters(job.trunk.model),
         trunk=job.trunk,
         workers=job.workers,
+        sharded=job.sharded,
     )
     _restore(job, seat)
     job.report(
@@ -132,7 +139,8 @@ def _accumulate(job: Job, seat: Seat) -> bool:
 
     Returns whether it did. Gradients are sums over tokens, so the cut of a batch does not change
     them beyond rounding, and workers need not agree on it. A later attempt starts with the run's
-    stored plan again.
+    stored plan again. Where workers share their state and pass together (ZeRO), the error goes on,
+    and the next attempt of all has smaller micro-batches.
     """
     is_short = False
     while True:
@@ -145,11 +153,19 @@ def _accumulate(job: Job, seat: Seat) -> bool:
                 turn(seat.trunk, [(seat, piece)])
             return is_short
         except (MemoryError, RuntimeError) as error:
-            if not memory.is_short(error):
+            if not _can_begin_again(job, error):
                 raise
             reason = str(error).strip().partition("\n")[0]
         is_short = True  # outside of the except block, which holds what the error's frames hold
         _halve(job, seat, tokens, reason)
+
+
+def _can_begin_again(job: Job, error: BaseException) -> bool:
+    if not memory.is_short(error):
+        return False
+    if job.sharded is not None:
+        memory.note_kill(job.run_dir)
+    return job.sharded is None
 
 
 def _halve(job: Job, seat: Seat, tokens: int, reason: str) -> None:
@@ -166,7 +182,7 @@ def _eval_loss(job: Job, seat: Seat) -> float:
         try:
             return eval_loss(seat.trunk, job.eval_examples, workers=job.workers)
         except (MemoryError, RuntimeError) as error:
-            if not memory.is_short(error):
+            if not _can_begin_again(job, error):
                 raise
             reason = str(error).strip().partition("\n")[0]
         _halve(job, seat, seat.trunk.memory.micro_batch_tokens, reason)
@@ -215,18 +231,23 @@ def _after_step(job: Job, seat: Seat, *, wants_stop: bool) -> None:
 
 
 def _save(job: Job, seat: Seat) -> None:
+    packed = seat.optimizer.pack()
     if job.workers.is_first:
         path = checkpoint.save(
             job.run_dir,
             job.trunk.model,
-            seat.optimizer,
+            packed,
             seat.state,
             attempt=job.attempt,
             info=job.info,
         )
         keep = job.recipe.checkpoint.keep
         checkpoint.prune(job.run_dir, keep=keep, best_step=seat.state.best_step)
+        if job.mirror is not None:
+            job.mirror.publish_checkpoint(path, keep=keep, best_step=seat.state.best_step)
         job.report("checkpoint", step=seat.state.step, path=path.name, **_totals(seat.state))
+        if job.mirror is not None:
+            job.mirror.flush()
     job.workers.wait()
 
 
@@ -262,15 +283,33 @@ def _may_pass(run_dir: Path, step: int) -> bool:
 
 
 def _restore(job: Job, seat: Seat) -> None:
-    if not job.workers.is_first:
-        job.workers.wait()  # what is broken is quarantined once, by the first worker
-    path = checkpoint.find_latest_valid(
-        job.run_dir, on_broken=lambda message: job.report("warning", message=message)
-    )
-    if job.workers.is_first:
-        job.workers.wait()
+    """Resume from the checkpoint that the first worker finds; the others take the same."""
+    path = _latest(job) if job.workers.is_first else None
+    number = 0 if path is None else 1 + checkpoint.step_of(path)
+    agreed = torch.tensor([float(number)], dtype=torch.float64, device=job.trunk.base.device)
+    job.workers.sum_([agreed])  # the others have nothing to add
+    if path is None and agreed.item():
+        path = _same(job, int(agreed.item()) - 1)
     if path is not None:
         seat.resume_from(path)
+
+
+def _latest(job: Job) -> Path | None:
+    def warn(message: str) -> None:
+        job.report("warning", message=message)
+
+    if job.mirror is not None:
+        return job.mirror.fetch_latest(warn)
+    return checkpoint.find_latest_valid(job.run_dir, on_broken=warn)
+
+
+def _same(job: Job, step: int) -> Path:
+    """The checkpoint of a step that another worker has chosen."""
+    if job.mirror is not None:
+        return job.mirror.fetch_step(step)
+    path = checkpoint.directory(job.run_dir, step)
+    storage.verify(path)
+    return path
 
 
 def _is_stale(seat: Seat) -> bool:

@@ -24,6 +24,8 @@ from training.objective import CHUNK, Objective
 from training.tokens import Encoded
 
 _KILL_NOTE = "killed-for-memory"
+PLAN = "memory.json"
+"""The plan's file in the run's directory."""
 _PARITY_BOUND = 1e-4
 """Largest difference of packed from separate logits, over the largest logit; half gets 50 times."""
 TARGET_TOKENS = {"cpu": 512, "cuda": 8192}
@@ -106,13 +108,13 @@ def decide(
 
 def stored(run_dir: Path) -> MemoryPlan | None:
     """The plan that the run was started with."""
-    path = run_dir / "memory.json"
+    path = run_dir / PLAN
     return MemoryPlan(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
 def store(run_dir: Path, plan: MemoryPlan) -> None:
     """Keep the plan for every later attempt of the run."""
-    storage.write_file(run_dir / "memory.json", json.dumps(asdict(plan), indent=1).encode())
+    storage.write_file(run_dir / PLAN, json.dumps(asdict(plan), indent=1).encode())
 
 
 def is_short(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ N supervised positions, H hidden size, V vocabulary, B rows, L row length.
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,9 +85,17 @@ class Objective:
     accepts_position_ids: bool
     uses_bare_head: bool
     """False where the model transforms its logits (soft caps, scales): found by `probe`."""
+    engine: Callable[[MicroBatch], Tensor] | None = None
+    """Computes `losses` in place of this process alone, where its base is cut up."""
+
+    def through(self, engine: Callable[[MicroBatch], Tensor]) -> "Objective":
+        """The same losses by way of `engine`, which holds the weights."""
+        return replace(self, engine=engine)
 
     def losses(self, batch: MicroBatch) -> Tensor:
         """Cross entropies (N,) of the batch's supervised tokens, row by row, in fp32."""
+        if self.engine is not None:
+            return self.engine(batch)
         position_N, target_N = shifted_targets(batch)
         if self.uses_bare_head:
             hidden_NH = self._hidden(batch).flatten(0, 1)[position_N]

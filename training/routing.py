@@ -125,7 +125,9 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     names = layer.lora_A.keys()
     if layer.disable_adapters or layer.merged or not names:
         return out
-    if out._is_view():  # bitsandbytes' 4-bit output; autograd forbids writing into it
+    if torch.is_autocast_enabled(out.device.type):  # bitsandbytes' 4-bit layers go back to x's type
+        out = out.to(torch.get_autocast_dtype(out.device.type))
+    if out._is_view():  # so is bitsandbytes' 4-bit output; autograd forbids writing into it
         out = out.clone()
     x = x.to(out.dtype)  # under autocast the base has computed in half precision
     router: Router = layer._loray_router

@@ -12,19 +12,21 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from cluster import __version__, config, errors, ownership, session, storage
 from cluster.errors import ClusterError, ConfigError, ResourceError
+from cluster.lease import Lease
 from training import dataset, loop, memory, model, sinks, special_ids, strategy, worker
 from training.config import ScaleConfig, TrainRecipe
 from training.dataset import Dataset
 from training.events import Event, EventReader
+from training.mirror import Mirror
+from training.segments import SegmentReader
 
 if TYPE_CHECKING:  # Ray Train takes seconds to import, which an error in the data must not cost
     from training.trainer import Outcome
@@ -33,6 +35,7 @@ log = logging.getLogger(__name__)
 
 Watcher = Callable[[Event], None]
 _POLL_S = 0.2
+_REMOTE_POLL_S = 1.0
 _CHANGEABLE = ("storage", "scale.max_failures", "checkpoint.", "log.")
 """Settings that a resumed run may change, since they do not change what is learned."""
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "ray")
@@ -54,44 +57,65 @@ def train(
     scale: what the recipe's `scale` comes to where several runs share the cluster. is_held: the run
     waits after each checkpoint until `loop.let_pass`.
     Raises LorayError. The first Ctrl-C or SIGTERM stops after the current step with a checkpoint,
-    the second at once (KeyboardInterrupt, SystemExit).
+    the second at once (KeyboardInterrupt).
     """
     started = time.perf_counter()
     strategy.check(recipe)
-    root = session.storage_root(recipe.storage)
-    run_dir = root / recipe.name
-    recipe = worker.with_absolute_paths(replace(recipe, storage=str(root)))
-    _require_writable(run_dir)
-    with ownership.RunLock(run_dir):
+    recipe, run_dir, mirror = _locate(recipe)
+    place = mirror.url if mirror else str(run_dir)
+    with ownership.RunLock(run_dir), mirror.held() if mirror else nullcontext() as lease:
         _clean(run_dir)
+        if mirror is not None:
+            reader = mirror.follow()
+        else:
+            reader = EventReader(run_dir / "events.jsonl", offset=_size(run_dir / "events.jsonl"))
         data = inspect(recipe, say)
         _claim(run_dir, recipe, data.fingerprint)
-        done = _finished(run_dir)
+        if mirror is not None:
+            mirror.push("recipe.json")
+        done = _finished(run_dir, mirror)
         if done is not None:
-            say(f"{run_dir} is finished; nothing to train. Another run wants another name")
-            return _result(run_dir, done, resumed_from=None, started=started)
-        reader = EventReader(run_dir / "events.jsonl", offset=_size(run_dir / "events.jsonl"))
+            say(f"{place} is finished; nothing to train. Another run wants another name")
+            return _result(run_dir, mirror, done, resumed_from=None, started=started)
         last: dict[str, Event] = {}
         with (
             session.connect(address) as ray_session,
             sinks.opened(recipe.log.to, run_dir) as tell_sinks,
-            _stopping_on_sigterm(run_dir, say),
+            _sigterm_as_interrupt(),
         ):
             from training import trainer
 
-            say(f"run directory {run_dir}")
+            say(f"run directory {place}" + (f", copied to {run_dir}" if mirror else ""))
             here = replace(recipe, scale=scale or recipe.scale)
-            outcome = trainer.start(here, run_dir, data.fingerprint, ray_session, is_held=is_held)
-            for event in _follow(outcome, reader, run_dir, say):
+            outcome = trainer.start(here, run_dir, data.seen, ray_session, is_held=is_held)
+            for event in _follow(outcome, reader, run_dir, say, mirror, lease):
                 last.setdefault(f"first {event.kind}", event)
                 last[event.kind] = event
                 watch(event)
                 tell_sinks(event)
-        _raise_failure(run_dir, outcome)
+        if mirror is not None:
+            mirror.follow()
+        _raise_failure(run_dir, place, outcome)
         if "finished" not in last:
             raise ClusterError(f"the workers ended without a result; see {run_dir}/events.jsonl")
+        if mirror is not None:
+            mirror.fetch_adapter()
         from_step = int(last["first started"].number("from_step"))
-        return _result(run_dir, last["finished"], resumed_from=from_step, started=started)
+        return _result(run_dir, mirror, last["finished"], resumed_from=from_step, started=started)
+
+
+def _locate(recipe: TrainRecipe) -> tuple[TrainRecipe, Path, Mirror | None]:
+    """The recipe with absolute paths; the run's directory here; its mirror if it is in a store."""
+    mirror = Mirror.of(recipe)
+    if mirror is None:
+        root = session.storage_root(recipe.storage)
+        run_dir = root / recipe.name
+        recipe = replace(recipe, storage=str(root))
+    else:
+        mirror.check()
+        run_dir = mirror.run_dir
+    _require_writable(run_dir)
+    return worker.with_absolute_paths(recipe), run_dir, mirror
 
 
 def inspect(recipe: TrainRecipe, say: Callable[[str], None]) -> Dataset:
@@ -126,35 +150,42 @@ def tokens_per_example(recipe: TrainRecipe) -> float:
 
 
 def _follow(
-    outcome: "Outcome", reader: EventReader, run_dir: Path, say: Callable[[str], None]
+    outcome: "Outcome",
+    reader: EventReader | SegmentReader,
+    run_dir: Path,
+    say: Callable[[str], None],
+    mirror: Mirror | None,
+    lease: Lease | None,
 ) -> Iterator[Event]:
     interrupts = 0
     is_over = False
     while not is_over:
         try:
-            is_over = outcome.is_over(_POLL_S)
+            is_over = outcome.is_over(_POLL_S if mirror is None else _REMOTE_POLL_S)
+            if lease is not None:
+                lease.require()
             yield from reader.read()
         except KeyboardInterrupt:
             interrupts += 1
             if interrupts > 1:
                 raise
-            say("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
-            loop.stop_file(run_dir).touch()
+            say(
+                "stopping after this step, with a checkpoint; Ctrl-C or SIGTERM again stops at once"
+            )
+            if mirror is None:
+                loop.stop_file(run_dir).touch()
+            else:
+                mirror.request_stop()
 
 
 @contextmanager
-def _stopping_on_sigterm(run_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _sigterm_as_interrupt() -> Iterator[None]:
     """SIGTERM is a notice: `ray job stop`, SLURM and Kubernetes send it ahead of SIGKILL."""
     if threading.current_thread() is not threading.main_thread():
         yield  # of a search, which has a process of its own for signals
         return
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, before)
-        loop.stop_file(run_dir).touch()
-        say("told to end (SIGTERM): stopping after this step, with a checkpoint")
-
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
@@ -193,7 +224,7 @@ def _claim(run_dir: Path, recipe: TrainRecipe, data_fingerprint: str) -> None:
     storage.write_file(path, json.dumps(body, indent=1).encode())
 
 
-def _finished(run_dir: Path) -> Event | None:
+def _finished(run_dir: Path, mirror: Mirror | None) -> Event | None:
     """The event of a run that reached its end and whose adapter still verifies."""
     ended = None
     for event in EventReader(run_dir / "events.jsonl").read():
@@ -201,6 +232,8 @@ def _finished(run_dir: Path) -> Event | None:
             ended = event
     if ended is None or ended.kind != "finished" or ended.fields.get("was_stopped"):
         return None
+    if mirror is not None:
+        mirror.fetch_adapter()
     try:
         storage.verify(run_dir / "adapter")
     except errors.StorageError as error:
@@ -210,7 +243,12 @@ def _finished(run_dir: Path) -> Event | None:
 
 
 def _result(
-    run_dir: Path, finished: Event, *, resumed_from: int | None, started: float
+    run_dir: Path,
+    mirror: Mirror | None,
+    finished: Event,
+    *,
+    resumed_from: int | None,
+    started: float,
 ) -> dict[str, Any]:
     names = (
         "adapter", "steps", "num_steps", "was_stopped", "first_loss", "final_loss", "eval",
@@ -219,12 +257,14 @@ def _result(
     return {
         "run_dir": str(run_dir),
         **{name: finished.fields.get(name) for name in names},
+        **({"adapter": str(run_dir / "adapter")} if mirror else {}),  # not the worker's machine's
+        "adapter_url": f"{mirror.url}/adapter" if mirror else None,
         "wall_s": round(time.perf_counter() - started, 3),
         "resumed_from": resumed_from or None,
     }
 
 
-def _raise_failure(run_dir: Path, outcome: "Outcome") -> None:
+def _raise_failure(run_dir: Path, place: str, outcome: "Outcome") -> None:
     """Raise what a worker said, or what Ray did."""
     from training import failures
 
@@ -237,12 +277,12 @@ def _raise_failure(run_dir: Path, outcome: "Outcome") -> None:
             f"with micro-batches of {_micro_batch_tokens(run_dir)} tokens. The same command goes "
             "on with half of that, where a micro-batch still holds more than one example; else "
             "lower data.max_length or scale.workers, set memory.gradient_checkpointing: on or "
-            f"model.quantization: nf4, or use a larger machine. Checkpoints are kept in {run_dir}"
+            f"model.quantization: nf4, or use a larger machine. Checkpoints are kept in {place}"
         )
     if outcome.error is not None:
         raise ClusterError(
             f"Ray Train gave up: {str(outcome.error).strip()[-2000:]}\nThe run's checkpoints are "
-            f"kept in {run_dir}; the same command resumes it"
+            f"kept in {place}; the same command resumes it"
         ) from outcome.error
 
 

@@ -5,8 +5,8 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from typing import Literal, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from cluster.errors import DataError
 from training import examples
 from training.examples import BadRow, Example, Format, Source
-from training.tokens import Encoded, Encoder
+from training.tokens import Encoded
 
 T = TypeVar("T")
+Encode: TypeAlias = Callable[[Sequence[Example]], Sequence[Encoded | BadRow]]
+"""Each row encoded, or why it cannot be learned from."""
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ class StreamOrder:
     def __init__(
         self,
         source: Source,
-        encoder: Encoder,
+        encode: Encode,
         *,
         global_batch_size: int,
         seed: int,
@@ -88,7 +90,7 @@ class StreamOrder:
         assert global_batch_size >= 1, global_batch_size
         assert block_size >= 1, block_size
         self._source: Source = source
-        self._encoder = encoder
+        self._encode = encode
         self._batch_size = global_batch_size
         self._seed = seed
         self._format: Format = format
@@ -134,18 +136,35 @@ class StreamOrder:
                 )
 
     def _blocks(self) -> Iterator[list[Encoded]]:
+        stream = examples.stream(self._source, format=self._format)
         block: list[Encoded] = []
-        for item in examples.stream(self._source, format=self._format):
-            encoded = self._encoder.try_encode(item) if isinstance(item, Example) else item
-            if isinstance(encoded, BadRow):
-                self._note(encoded)
-                continue
-            block.append(encoded)
+        # Never more rows than the block has room for: it ends where reading one by one would end.
+        while rows := self._take(stream, self._block_size - len(block)):
+            usable = [row for row in rows if isinstance(row, Example)]
+            encoded = iter(self._encode(usable) if usable else ())
+            for row in rows:
+                item = next(encoded) if isinstance(row, Example) else row
+                if isinstance(item, BadRow):
+                    self._note(item)
+                else:
+                    block.append(item)
             if len(block) == self._block_size:
                 yield block
                 block = []
         if block:
             yield block
+
+    def _take(
+        self, stream: Iterator[Example | BadRow], num_examples: int
+    ) -> list[Example | BadRow]:
+        """The next rows, with up to so many examples; fewer where many rows are bad."""
+        rows: list[Example | BadRow] = []
+        for row in stream:
+            rows.append(row)
+            num_examples -= isinstance(row, Example)
+            if not num_examples or len(rows) == 4 * self._block_size:
+                break
+        return rows
 
     def _note(self, bad: BadRow) -> None:
         if self._on_bad_row == "error":

@@ -14,25 +14,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
 
 from cluster.errors import TrainingError
 from training import checkpoint, packing
 from training.checkpoint import State
-from training.config import OptimConfig, TrainRecipe
+from training.config import TrainRecipe
 from training.memory import MemoryPlan
 from training.model import ADAPTER, Base
 from training.objective import Objective
+from training.optimizer import Optimizer, Replicated, loss_scaler
 from training.packing import MicroBatch
 from training.routing import Router, Span
 from training.sampler import share
 from training.schedule import learning_rate
 from training.strategy import Workers
 from training.tokens import Encoded
+from training.zero import Sharded
 
 _MIN_SCALE = 1.0
 """A GradScaler below this has halved its scale too often: the gradients themselves overflow."""
@@ -70,6 +70,8 @@ class Piece:
     batch: MicroBatch
     keys: Sequence[tuple[int, ...]]
     """For each example that the batch was planned from, what its dropout is keyed by."""
+    weight: float = 1.0
+    """0 where it only keeps step with the other workers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,8 +102,9 @@ class Seat:
     trunk: Trunk
     workers: Workers = field(default_factory=Workers)
     state: State = field(default_factory=State)
+    sharded: Sharded | None = None
+    """Steps the parameters where workers share their state."""
     optimizer: Optimizer = field(init=False)
-    scaler: torch.amp.GradScaler = field(init=False)
     pending: deque[Piece] = field(init=False, default_factory=deque)
     """What is left to do of the current step."""
     _batch: Sequence[tuple[int, Encoded]] = field(init=False, default=())
@@ -109,9 +112,13 @@ class Seat:
     _initial: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.optimizer = make_optimizer(list(self.parameters.values()), self.recipe.optim)
         base = self.trunk.base
-        self.scaler = torch.amp.GradScaler(base.device.type, enabled=base.precision == "fp16")
+        self.optimizer = self.sharded or Replicated(
+            self.parameters,
+            self.recipe.optim,
+            scaler=loss_scaler(base),
+            workers=self.workers,
+        )
         self._initial = _fingerprints(self.parameters)
         self._loss_sum = torch.zeros(1, dtype=torch.float32, device=base.device)
 
@@ -130,13 +137,16 @@ class Seat:
     def start_step(self) -> None:
         """Lay out the next global batch, or the current one afresh where it had been begun."""
         step, seed = self.state.step, self.recipe.optim.seed
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self._loss_sum.zero_()
-        self._batch = self.batches.batch(step)
+        self._batch = self._batch or self.batches.batch(step)  # which a stream gives once
         mine = share(self._batch, self.workers.rank, self.workers.size)
         keys = [(seed, step, number) for number, _ in mine]
         plan = layout(self.trunk, [e for _, e in mine])
         self.pending = deque(Piece(batch=batch, keys=keys) for batch in plan)
+        if self.sharded is not None and self.sharded.passes_alike:
+            missing = self.workers.most(len(plan)) - len(plan)
+            self.pending.extend([self._idle_piece()] * missing)
         # Only DoRA's dropout, which is PEFT's, draws from the global generator.
         torch.manual_seed(hash((seed, step, self.workers.rank)) % (1 << 63))
 
@@ -148,12 +158,17 @@ class Seat:
         """
         assert self._batch, "finish_step before start_step"
         assert not self.pending, "finish_step in the middle of a step"
-        self._reduce(*also)
+        self.optimizer.reduce(self._loss_sum, *also)
         rate = learning_rate(
             self.recipe.optim, step=self.state.step, num_steps=self.batches.num_steps
         )
-        loss, scale = self._loss_sum.item(), self.scaler.get_scale()
-        norm, is_applied = self._apply(rate, loss)
+        scaler = self.optimizer.scaler
+        loss, scale = self._loss_sum.item(), scaler.get_scale()
+        if not math.isfinite(loss):
+            raise self._not_finite(f"loss {loss}")
+        norm, is_applied = self.optimizer.step(rate)
+        if not is_applied and not (scaler.is_enabled() and scale > _MIN_SCALE):
+            raise self._not_finite(f"loss {loss}, gradient norm {norm}")
         step = Step(
             loss=loss,
             rate=rate,
@@ -171,7 +186,7 @@ class Seat:
             supervised_tokens=self.state.supervised_tokens + step.supervised_tokens,
             first_loss=loss if self.state.first_loss is None else self.state.first_loss,
             last_loss=loss,
-            scaler=self.scaler.state_dict(),
+            scaler=scaler.state_dict(),
         )
         self._batch = ()
         if self.state.applied_steps >= 2 and self._initial:
@@ -183,61 +198,31 @@ class Seat:
     def resume_from(self, path: Path) -> None:
         """Take the place where a verified checkpoint of the same recipe left off."""
         model = self.trunk.model
-        self.state = checkpoint.restore(path, model, self.optimizer, adapter=self.adapter)
+        self.state, packed = checkpoint.restore(path, model, adapter=self.adapter)
+        self.optimizer.load(packed)
         self._initial = _fingerprints(self.parameters)
         if self.state.scaler:
-            self.scaler.load_state_dict(dict(self.state.scaler))
+            self.optimizer.scaler.load_state_dict(dict(self.state.scaler))
 
     def add_loss(self, loss: Tensor) -> None:
         """Note a part of the current step's mean loss."""
         self._loss_sum += loss
 
-    def _reduce(self, *also: Tensor) -> None:
-        """One all-reduce of all gradients, the loss and `also`."""
-        for parameter in self.parameters.values():
-            if parameter.grad is None:  # a worker whose share was empty, or a dead layer
-                parameter.grad = torch.zeros_like(parameter)
-        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        self.workers.sum_([*grads, self._loss_sum, *also])
+    def _idle_piece(self) -> Piece:
+        """Work that adds nothing, for a worker whose share is laid out in fewer micro-batches."""
+        number, shortest = min(self._batch, key=lambda entry: len(entry[1].input_ids))
+        keys = [(self.recipe.optim.seed, self.state.step, number)]
+        return Piece(batch=layout(self.trunk, [shortest])[0], keys=keys, weight=0.0)
 
-    def _apply(self, rate: float, loss: float) -> tuple[float, bool]:
-        """Unscale, check, clip, step: the gradient's norm, and whether the optimiser moved."""
-        self.scaler.unscale_(self.optimizer)
-        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(grads))
-        is_finite = math.isfinite(norm)
-        overflowed = (
-            not is_finite and self.scaler.is_enabled() and self.scaler.get_scale() > _MIN_SCALE
-        )
-        if not math.isfinite(loss) or not (is_finite or overflowed):
-            raise self._not_finite(loss, norm)
-        limit = self.recipe.optim.max_grad_norm
-        if is_finite and limit:
-            torch.nn.utils.clip_grads_with_norm_(
-                self.parameters.values(), limit, torch.tensor(norm)
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.scaler.step(self.optimizer)  # passes over a step whose gradients are not finite
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm, is_finite
-
-    def _not_finite(self, loss: float, norm: float) -> TrainingError:
+    def _not_finite(self, what: str) -> TrainingError:
         ids = [e.id for _, e in self._batch]
         shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         return TrainingError(
-            f"step {self.state.step + 1}: loss {loss}, gradient norm {norm}; the optimiser did not "
-            f"step, and the last checkpoint is good. Examples of the batch: {shown}. Lower "
+            f"step {self.state.step + 1}: {what}; the optimiser did not step, "
+            f" and the last checkpoint is good. Examples of the batch: {shown}. Lower "
             "optim.learning_rate, set optim.max_grad_norm, prefer model.precision bf16 or fp32 to "
             "fp16, and look at those examples"
         )
-
-
-def make_optimizer(parameters: Sequence[nn.Parameter], config: OptimConfig) -> Optimizer:
-    """AdamW over an adapter; the learning rate is set at each step."""
-    kind = bnb.optim.AdamW8bit if config.optimizer == "adamw_8bit" else AdamW
-    return kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
 def check_alive(initial: Mapping[str, int], parameters: Mapping[str, Tensor]) -> None:
@@ -284,10 +269,10 @@ def turn(trunk: Trunk, pieces: Sequence[tuple[Seat, Piece]]) -> None:
             loss_N = trunk.objective.losses(batch)
         counts = [piece.batch.num_supervised_tokens for _, piece in pieces]
         scaled: list[Tensor] = []
-        for (seat, _), part_N in zip(pieces, loss_N.split(counts), strict=True):
-            loss = part_N.sum() / seat.num_supervised
+        for (seat, piece), part_N in zip(pieces, loss_N.split(counts), strict=True):
+            loss = part_N.sum() * piece.weight / seat.num_supervised
             seat.add_loss(loss.detach())
-            scaled.append(seat.scaler.scale(loss))
+            scaled.append(seat.optimizer.scaled(loss))
         torch.stack(scaled).sum().backward()
 
 
@@ -302,6 +287,10 @@ def eval_loss(
     workers = workers or Workers()
     mine = share(examples, workers.rank, workers.size)
     sums, counts = example_losses(trunk, mine, adapter=adapter)
+    if trunk.objective.engine is not None:  # every pass is one of all workers
+        num_passes = len(layout(trunk, mine))
+        for _ in range(workers.most(num_passes) - num_passes):
+            example_losses(trunk, examples[:1], adapter=adapter)
     totals = torch.tensor([math.fsum(sums), float(sum(counts))], dtype=torch.float64)
     totals = totals.to(trunk.base.device)
     workers.sum_([totals])

@@ -1,11 +1,11 @@
-"""One process or several: what differs between them, and which settings go together.
+"""One process or several: which settings go together, and how workers talk to each other.
 
-Gradients are sums over supervised tokens, so spreading a global batch over workers is one
-all-reduce of one flat buffer a step; no wrapper around the model is needed, and the same loop runs
-with one worker or many.
+The same loop runs with one worker or many, and no wrapper is around the model: what differs is how
+the parameters are stepped, in `training.optimizer` (whole on every worker) and `training.zero`.
 """
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 from cluster.errors import ConfigError
 from training.config import TrainRecipe
 
-_DEEPSPEED = "DeepSpeed ZeRO is not part of this release"
+ZERO = ("zero1", "zero2", "zero3")
+_GENERATED = ("exact_match", "json_valid", "rouge_l")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,32 +27,89 @@ class Refusal:
     reason: str
     instead: str
 
+    def __str__(self) -> str:
+        given = ", ".join(f"{name}: {value}" for name, value in self.settings.items())
+        return f"{given}: {self.reason}. Use instead: {self.instead}"
+
 
 SUPPORT: tuple[Refusal, ...] = (
     Refusal(
         settings={"model.quantization": "int8", "scale.strategy": "zero3"},
         reason="ZeRO-3 shards parameters as floating point, which int8 weights are not: the loss "
         "is wrong from the first step (bitsandbytes #1451)",
-        instead="ddp with int8; or a base that is not int8 (nf4, none) once ZeRO-3 is there",
+        instead="zero2 or ddp with int8; or model.quantization: nf4 or none with zero3",
     ),
-    Refusal(settings={"scale.strategy": "zero1"}, reason=_DEEPSPEED, instead="ddp"),
-    Refusal(settings={"scale.strategy": "zero2"}, reason=_DEEPSPEED, instead="ddp"),
-    Refusal(settings={"scale.strategy": "zero3"}, reason=_DEEPSPEED, instead="ddp"),
+    Refusal(
+        settings={
+            "model.quantization": "nf4",
+            "lora.variant": "dora",
+            "scale.strategy": "zero3",
+        },
+        reason="DoRA (PEFT 0.21) puts a new weight in the place of a 4-bit one in every forward "
+        "pass, of which ZeRO-3 knows nothing",
+        instead="lora.variant: lora or rslora, model.quantization: none, or zero2",
+    ),
+    *(
+        Refusal(
+            settings={"optim.optimizer": "adamw_8bit", "scale.strategy": stage},
+            reason="ZeRO cuts the optimiser's state anywhere, 8-bit AdamW scales it in blocks of "
+            "each parameter: the same recipe would give another adapter for each number of workers",
+            instead="optim.optimizer: adamw with ZeRO, or ddp",
+        )
+        for stage in ZERO
+    ),
+    *(
+        Refusal(
+            settings={"evaluation.metrics": metric, "scale.strategy": "zero3"},
+            reason="the first worker generates the answers, and has no whole base under ZeRO-3",
+            instead="evaluation.metrics: [loss], and `loray evaluate` on the adapter afterwards",
+        )
+        for metric in _GENERATED
+    ),
+    *(
+        Refusal(
+            settings={"scale.offload_optimizer": "True", "scale.strategy": kind},
+            reason="only DeepSpeed moves the optimiser's state to the host",
+            instead="zero1, zero2 or zero3, or leave scale.offload_optimizer out",
+        )
+        for kind in ("auto", "single", "ddp")
+    ),
 )
 """Everything that is refused; what is not listed is supported."""
 
 
+AXES: Mapping[str, tuple[str, ...]] = {
+    "model.quantization": ("none", "int8", "nf4"),
+    "scale.strategy": ("single", "ddp", *ZERO),
+    "model.precision": ("fp32", "bf16", "fp16"),
+    "memory.gradient_checkpointing": ("on", "off"),
+    "data.packing": ("on", "off"),
+    "lora.variant": ("lora", "rslora", "dora"),
+}
+"""Settings that could stand in each other's way. Every combination that `SUPPORT` does not refuse
+is trained for three steps in tests/test_training_support.py."""
+
+
+def combinations() -> Iterator[tuple[dict[str, str], Refusal | None]]:
+    """Every combination of `AXES`, and why it is refused, if it is."""
+    for values in itertools.product(*AXES.values()):
+        settings = dict(zip(AXES, values, strict=True))
+        yield (
+            settings,
+            next((one for one in SUPPORT if one.settings.items() <= settings.items()), None),
+        )
+
+
 def check(recipe: TrainRecipe) -> str:
-    """The strategy that a recipe asks for, `single` or `ddp`.
+    """The strategy that a recipe asks for: single, ddp, zero1, zero2 or zero3.
 
     Raises ConfigError with the reason for a combination that `SUPPORT` refuses.
     """
     for refusal in SUPPORT:
-        if all(_setting(recipe, name) == value for name, value in refusal.settings.items()):
-            given = ", ".join(f"{name}: {value}" for name, value in refusal.settings.items())
-            raise ConfigError(f"{given}: {refusal.reason}. Use instead: {refusal.instead}")
+        if all(_has(recipe, name, value) for name, value in refusal.settings.items()):
+            raise ConfigError(str(refusal))
     if recipe.scale.strategy == "auto":
-        return "single" if recipe.scale.workers == 1 else "ddp"
+        return "single" if recipe.scale.most_workers == 1 else "ddp"
     return recipe.scale.strategy
 
 
@@ -79,12 +137,26 @@ class Workers:
             part.copy_(flat[offset : offset + part.numel()].view_as(part))
             offset += part.numel()
 
+    def most(self, count: int) -> int:
+        """The largest of all workers' counts."""
+        if self.size == 1:
+            return count
+        number = torch.tensor([count], dtype=torch.int64, device=_device())
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return int(number)
+
     def wait(self) -> None:
         """Return when every worker has come here."""
         if self.size > 1:
             dist.barrier()
 
 
-def _setting(recipe: TrainRecipe, name: str) -> object:
+def _has(recipe: TrainRecipe, name: str, value: str) -> bool:
     section, field = name.split(".")
-    return getattr(getattr(recipe, section), field)
+    given = getattr(getattr(recipe, section), field)
+    return value in given if isinstance(given, tuple) else str(given) == value
+
+
+def _device() -> torch.device:
+    """Where the process group wants its tensors."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

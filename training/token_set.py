@@ -1,55 +1,58 @@
-"""Many encoded examples in flat arrays, and the cache file they are kept in between runs."""
+"""Many encoded examples in files that are mapped, and never read as a whole.
 
-import hashlib
+Reading an example touches its own pages and some around them, which all processes of a machine
+share. Now and then they are unmapped, so that a process that goes through the whole set does not
+seem to hold it. Files and their meaning: `training.token_files`.
+"""
+
 import json
-import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
-from functools import cache
+import mmap
+import tempfile
+from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
-import safetensors
-import safetensors.numpy
-import transformers
 from numpy.typing import NDArray
 
-from cluster import storage
-from cluster.errors import LorayError
-from training import examples
-from training import tokens as tokens_room
-from training.config import DataConfig
-from training.examples import BadRow, Rows, Source
-from training.tokens import IGNORE, Encoded, Encoder
+from cluster.errors import StorageError
+from training import examples, token_files
+from training.examples import BadRow, Rows
+from training.token_files import CHUNK, HAS_END, TRUNCATED, Facts
+from training.tokens import Encoded, Encoder
 
-_CACHE_FORMAT = "1"
-_log = logging.getLogger(__name__)
+_UNMAP_EVERY = 8
+"""Examples. Linux maps more than is asked for (6.18, ext4: 0.7 MB an example), so that a process
+seems to grow by the whole set: 194 of 208 MB. With 8 it is 9 MB, and 26 us an example, not 7."""
 
 
 class TokenSet(Sequence[Encoded]):
-    """Many encoded examples in flat arrays: 8 bytes a token and about 100 an example."""
+    """The examples in a directory that `token_files.write` has filled; its arrays are read-only.
 
-    def __init__(self, encoded: Iterable[Encoded], *, bad: Sequence[BadRow] = ()) -> None:
-        items = list(encoded)
-        nothing = np.zeros(0, np.int32)
-        self.ids = np.concatenate([nothing, *(item.input_ids for item in items)])
-        """(T,) int32, all examples end to end."""
-        self.labels = np.concatenate([nothing, *(item.labels for item in items)])
-        """(T,) int32."""
-        self.offsets = np.cumsum([0, *(len(item.input_ids) for item in items)], dtype=np.int64)
-        """(N + 1,) int64; example i is offsets[i] to offsets[i + 1]."""
-        self.is_truncated = np.array([item.is_truncated for item in items], dtype=np.bool_)
-        """(N,)."""
-        self.has_end = np.array([item.has_end for item in items], dtype=np.bool_)
-        """(N,)."""
-        self.names = [item.id for item in items]
-        """N example ids."""
-        self.bad = tuple(bad)
-        """Rows that were left out."""
+    Raises StorageError where a file is missing or has another size than `facts.json` says.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.facts = _read_facts(directory)
+        self._files: list[mmap.mmap] = []
+        self._num_read = 0
+        size = self.facts.num_examples
+        self._offsets = self._mapped("offsets.i8", size + 1)
+        self._supervised = self._mapped("supervised.i4", size)
+        self._flags = self._mapped("flags.u1", size)
+        self._name_ends = self._mapped("name_ends.i8", size + 1)
+        self._names = self._mapped("names.u1", int(self._name_ends[-1]))
+        self._starts = [int(self._offsets[first]) for first in self.facts.pieces]
+        sizes = np.diff([*self._starts, self.facts.num_tokens]).tolist()
+        self._ids, self._labels = (
+            [self._mapped(token_files.piece_name(kind, i), n) for i, n in enumerate(sizes)]
+            for kind in ("ids", "labels")
+        )
 
     def __len__(self) -> int:
-        return len(self.names)
+        return self.facts.num_examples
 
     @overload
     def __getitem__(self, index: int) -> Encoded: ...
@@ -59,142 +62,92 @@ class TokenSet(Sequence[Encoded]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         i = range(len(self))[index]
-        start, stop = int(self.offsets[i]), int(self.offsets[i + 1])
+        self._num_read += 1
+        if self._num_read % _UNMAP_EVERY == 0:
+            for file in self._files:
+                file.madvise(mmap.MADV_DONTNEED)  # views stay good: pages come back when touched
+        piece = bisect_right(self.facts.pieces, i) - 1
+        start, stop = (self._offsets[i : i + 2] - self._starts[piece]).tolist()
+        first, last = self._name_ends[i : i + 2].tolist()
+        flags = int(self._flags[i])
         return Encoded(
-            id=self.names[i],
-            input_ids=self.ids[start:stop],
-            labels=self.labels[start:stop],
-            is_truncated=bool(self.is_truncated[i]),
-            has_end=bool(self.has_end[i]),
+            id=self._names[first:last].tobytes().decode(),
+            input_ids=self._ids[piece][start:stop],
+            labels=self._labels[piece][start:stop],
+            is_truncated=bool(flags & TRUNCATED),
+            has_end=bool(flags & HAS_END),
+            counted=int(self._supervised[i]),
         )
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """(N,) tokens of each example."""
-        return np.diff(self.offsets)
+        """(N,) tokens of each example, in memory."""
+        return np.diff(self._offsets)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example; 0 without examples."""
+        return self.facts.length_percentiles.get("max", 0)
 
     @property
     def num_supervised(self) -> int:
         """Tokens that are to be predicted, in all examples."""
-        return int((self.labels != IGNORE).sum())
+        return self.facts.num_supervised
 
     @property
     def fingerprint(self) -> str:
         """Hex sha256 over ids, labels and offsets."""
-        digest = hashlib.sha256()
-        for array in (self.ids, self.labels, self.offsets):
-            digest.update(array.tobytes())
-        return digest.hexdigest()
+        return self.facts.fingerprint
+
+    def num_outside(self, vocab_size: int) -> int:
+        """Tokens whose id is not one of 0 to vocab_size - 1; looks at all only if there are any."""
+        if self.facts.smallest_id == 0 and self.facts.largest_id < vocab_size:
+            return 0
+        chunks = (ids[i : i + CHUNK] for ids in self._ids for i in range(0, len(ids), CHUNK))
+        return sum(int(((chunk < 0) | (chunk >= vocab_size)).sum()) for chunk in chunks)
+
+    def _mapped(self, name: str, count: int) -> NDArray[Any]:
+        """The numbers in a file, whose suffix is their type; nothing is read yet."""
+        dtype = np.dtype(f"<{name.rpartition('.')[2]}")
+        path = self.directory / name
+        try:
+            with path.open("rb") as file:
+                found, expected = path.stat().st_size, count * dtype.itemsize
+                whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if found else None
+        except OSError as error:
+            raise StorageError(f"{path} cannot be read ({error})") from None
+        if found != expected:
+            raise StorageError(
+                f"{path} is truncated or grown: {found} bytes, {expected} were written"
+            )
+        if whole is None:
+            return np.zeros(0, dtype)
+        self._files.append(whole)
+        return np.frombuffer(whole, dtype)
 
 
 def tokenize(
     rows: Rows, encoder: Encoder, *, on_bad_row: Literal["error", "skip"] = "error"
 ) -> TokenSet:
-    """Encode all examples; with "error", raises DataError where one cannot be learned from."""
-    good: list[Encoded] = []
-    bad = list(rows.bad)
-    for example in rows.examples:
-        encoded = encoder.try_encode(example)
-        if isinstance(encoded, Encoded):
-            good.append(encoded)
-        else:
-            bad.append(encoded)
-    if bad and on_bad_row == "error":
-        raise examples.bad_rows_error(bad, num_rows=len(good) + len(bad))
-    return TokenSet(good, bad=bad)
+    """Encode examples that are in memory; the files are gone once nobody has them mapped.
 
-
-def load(
-    source: Source,
-    *,
-    data: DataConfig,
-    encoder: Encoder,
-    tokenizer_fingerprint: str,
-    cache_dir: Path | None = None,
-) -> TokenSet:
-    """The tokens of a source, out of the cache where it holds them undamaged.
-
-    The cache file is `<cache_dir>/tokens/<key>.safetensors`; the key covers the contents and names
-    of the source, the tokenizer, the encoder's settings and the code. Raises DataError as
-    `examples.read` and `tokenize` do, whether or not the cache was used.
+    With "error", raises DataError where one cannot be learned from.
     """
-    key = {
-        "data": examples.fingerprint(source),
-        "labels": examples.labels(source),
-        "format": data.format,
-        "tokenizer": tokenizer_fingerprint,
-        "encoder": encoder.key(),
-        "code": _code_fingerprint(),
-    }
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    path = _cache_root(cache_dir) / f"{name}.safetensors"
-    found = _read_cache(path)
-    if found is not None:
-        if found.bad and data.on_bad_row == "error":
-            raise examples.bad_rows_error(found.bad, num_rows=len(found) + len(found.bad))
-        return found
-    rows = examples.read(source, format=data.format, on_bad_row=data.on_bad_row)
-    tokens = tokenize(rows, encoder, on_bad_row=data.on_bad_row)
-    if len(tokens) and rows.fingerprint == key["data"]:
-        _write_cache(path, tokens)
-    return tokens
+    block = token_files.pack([*rows.bad, *map(encoder.try_encode, rows.examples)])
+    if block.bad and on_bad_row == "error":
+        raise examples.bad_rows_error(
+            block.bad, num_bad=len(block.bad), num_rows=len(block.names) + len(block.bad)
+        )
+    with tempfile.TemporaryDirectory(prefix="loray-tokens-") as scratch:
+        token_files.write(Path(scratch), [block])
+        return TokenSet(Path(scratch))
 
 
-def _cache_root(directory: Path | None) -> Path:
-    return (directory or storage.cache_dir()) / "tokens"
-
-
-def _write_cache(path: Path, tokens: TokenSet) -> None:
-    about = {"names": tokens.names, "bad": [asdict(row) for row in tokens.bad]}
-    arrays: dict[str, NDArray[np.generic]] = {
-        "ids": tokens.ids,
-        "labels": tokens.labels,
-        "offsets": tokens.offsets,
-        "is_truncated": tokens.is_truncated,
-        "has_end": tokens.has_end,
-        "about": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
-    }
-    metadata = {"format": _CACHE_FORMAT, "sha256": _checksum(arrays)}
+def _read_facts(directory: Path) -> Facts:
+    path = directory / token_files.FACTS
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        storage.write_file(path, safetensors.numpy.save(arrays, metadata))
-    except (LorayError, OSError) as error:  # The next run will be slower, not wrong.
-        _log.warning("token_cache_not_written=%s error=%r", path, str(error))
-
-
-def _read_cache(path: Path) -> TokenSet | None:
-    """The token set in a cache file; None where there is none, or it is not what was written."""
-    if not path.exists():
-        return None
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in list(file.keys())}
-        if metadata.get("sha256") != _checksum(arrays):
-            raise ValueError("the checksum does not match")
-        about = json.loads(arrays["about"].tobytes())
-        tokens = TokenSet((), bad=[BadRow(**row) for row in about["bad"]])
-        tokens.ids, tokens.labels = arrays["ids"], arrays["labels"]
-        tokens.offsets, tokens.names = arrays["offsets"], about["names"]
-        tokens.is_truncated, tokens.has_end = arrays["is_truncated"], arrays["has_end"]
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        _log.warning("token_cache_rebuilt=%s reason=%r", path, str(error))
-        return None
-    return tokens
-
-
-def _checksum(arrays: dict[str, NDArray[np.generic]]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
-    return digest.hexdigest()
-
-
-@cache
-def _code_fingerprint() -> str:
-    """Of the code that turns rows into tokens: two of our files, and transformers' version."""
-    digest = hashlib.sha256(f"{_CACHE_FORMAT} {transformers.__version__}".encode())
-    for path in (examples.__file__, tokens_room.__file__):
-        digest.update(Path(path).read_bytes())
-    return digest.hexdigest()
+        tree = json.loads(path.read_bytes())
+        bad = tuple(BadRow(**row) for row in tree.pop("bad"))
+        return Facts(**{**tree, "pieces": tuple(tree["pieces"]), "bad": bad})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StorageError(f"{path} cannot be read ({error})") from None

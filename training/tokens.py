@@ -57,11 +57,13 @@ class Encoded:
     """Whether tokens beyond max_length were cut off."""
     has_end: bool
     """Whether each supervised turn ends in a supervised token that makes the model stop."""
+    counted: int | None = None
+    """Supervised tokens, where that is known without looking at the labels."""
 
     @property
     def num_supervised(self) -> int:
         """Tokens that are to be predicted."""
-        return int((self.labels != IGNORE).sum())
+        return int((self.labels != IGNORE).sum()) if self.counted is None else self.counted
 
 
 class _Bad(Exception):

@@ -11,8 +11,11 @@ Train that this takes are all in this file, `failures.py` and `notice.py`.
 import asyncio
 import logging
 import os
+import signal
 import threading
 from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +38,18 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from cluster import config
+from cluster import config, remote
 from cluster.errors import ResourceError
+from cluster.remote import is_url
 from cluster.scratch import Scratch
 from cluster.session import Session
-from training import notice, worker
-from training.config import TrainRecipe
+from training import notice, strategy, worker
+from training.config import ScaleConfig, TrainRecipe
+from training.dataset import Seen
 from training.failures import FailurePolicy
 
+_RESIZE_EVERY_S = 30.0
+"""Between two looks for room for more workers: each resize costs a start and what was not saved."""
 _GROUP_TIMEOUT_S = 1800
 """Longest wait of a worker for the others, which may be evaluating by generation."""
 _HUNG_AFTER_S = "60"
@@ -79,17 +86,20 @@ class Outcome:
 def start(
     recipe: TrainRecipe,
     run_dir: Path,
-    data_fingerprint: str,
+    seen: Seen,
     ray_session: Session,
     *,
     is_held: bool = False,
 ) -> Outcome:
     """Start the workers of a recipe whose paths are absolute; they write into `run_dir`.
 
-    The caller holds the run's lock. is_held: see loop.Job. Raises ResourceError where the cluster
-    has fewer CPUs or GPUs than the recipe asks for.
+    The caller holds the run's lock. seen: see worker.run. is_held: see loop.Job. Raises
+    ResourceError where the cluster has fewer CPUs or GPUs than the recipe asks for.
     """
-    cpus, gpus = _share_out(recipe, ray_session)
+    scale = _share_out(recipe.scale, ray_session)
+    cpus, gpus = scale.cpus_per_worker, scale.gpus_per_worker
+    assert cpus != "auto"
+    assert gpus != "auto"
     # Read where the controller starts workers: in this process, or in an actor that is given it.
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", _HUNG_AFTER_S)
     if ray_session.is_private:
@@ -97,20 +107,27 @@ def start(
     spec = {
         "recipe": config.plain(recipe),
         "run_dir": str(run_dir),
-        "data_fingerprint": data_fingerprint,
+        "seen": asdict(seen),
         "threads": cpus,
         "is_held": is_held,
     }
     # Ray's state of the run is not used: our checkpoints are the truth, so it gets a throw-away
     # place (a truncated checkpoint_manager_snapshot.json makes a run of Ray 2.60 unresumable).
     scratch = Scratch()
-    group = TorchConfig if recipe.scale.workers > 1 else _NoGroup
+    talks = scale.workers != 1 or scale.strategy in strategy.ZERO
+    group = TorchConfig if talks else _NoGroup
+    train = worker.ray_worker
+    if is_url(recipe.storage) and not ray_session.is_private:
+        train = _with_settings(remote.settings())
     trainer = _LeanTrainer(
-        worker.ray_worker,
+        train,
         train_loop_config=spec,
         torch_config=group(timeout_s=_GROUP_TIMEOUT_S),
         scaling_config=ScalingConfig(
-            num_workers=recipe.scale.workers,
+            num_workers=(scale.least_workers, scale.most_workers)
+            if scale.is_elastic
+            else scale.most_workers,
+            elastic_resize_monitor_interval_s=_RESIZE_EVERY_S,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
         ),
@@ -134,6 +151,19 @@ def end_workers(runs: Collection[str]) -> None:
     for key, row in placement_group_table().items():
         if row["name"] in runs and row["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(key))))
+
+
+def _with_settings(settings: dict[str, str]) -> Callable[[dict[str, Any]], None]:
+    """The train function where the driver's access to its store is not in a node's environment.
+
+    In a closure, since Ray shows train_loop_config and the runtime environment on its dashboard.
+    """
+
+    def train(spec: dict[str, Any]) -> None:
+        remote.use_settings(settings)
+        worker.ray_worker(spec)
+
+    return train
 
 
 class _NoGroup(TorchConfig):
@@ -181,6 +211,13 @@ class _LeanGroup(WorkerGroup):
         if len(self.get_workers()) == 1:  # it would wait for itself in a process of its own
             state: Any = self._worker_group_state
             ray.kill(state.sync_actor)
+
+    def shutdown(self) -> None:
+        """Ends a stopped worker by hand, since Ray would first ask it to go, for half a minute."""
+        for rank in self._world_rank_to_ongoing_poll:
+            with suppress(ProcessLookupError):
+                os.kill(self.get_workers()[rank].metadata.pid, signal.SIGKILL)
+        super().shutdown()
 
     def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> Any:
         """As Ray's without TPUs, and with the run's name, by which `end_workers` finds it."""
@@ -231,22 +268,33 @@ class _StillPolicy(FixedScalingPolicy):
         """There is nobody to send it to."""
 
 
-def _share_out(recipe: TrainRecipe, ray_session: Session) -> tuple[int, int]:
-    """CPUs and GPUs of each worker."""
-    workers = recipe.scale.workers
-    gpus = recipe.scale.gpus_per_worker
+def _share_out(scale: ScaleConfig, ray_session: Session) -> ScaleConfig:
+    """What `auto`, and on a private Ray a range of workers, comes to on this cluster.
+
+    Raises ResourceError where the cluster has no room for the least number of workers.
+    """
+    fixed = scale.least_workers
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = scale.gpus_per_worker
     if gpus == "auto":
-        gpus = 1 if ray_session.num_gpus >= workers else 0
-    cpus = recipe.scale.cpus_per_worker
-    if cpus == "auto":
-        cpus = max(1, int(ray_session.num_cpus) // workers)
+        gpus = 1 if ray_session.num_gpus >= fixed else 0
+    cpus = scale.cpus_per_worker
+    if cpus == "auto" and scale.is_elastic:  # as many as a node has for each of its workers
+        each = [int(n.get("CPU", 0) / max(1, n.get("GPU", 0) if gpus else 1)) for n in nodes]
+        cpus = max(1, min((number for number in each if number), default=1))
+    elif cpus == "auto":
+        cpus = max(1, int(ray_session.num_cpus) // fixed)
     for name, wanted, there in (
-        ("CPUs", cpus * workers, ray_session.num_cpus),
-        ("GPUs", gpus * workers, ray_session.num_gpus),
+        ("CPUs", cpus * fixed, ray_session.num_cpus),
+        ("GPUs", gpus * fixed, ray_session.num_gpus),
     ):
         if wanted > there:
             raise ResourceError(
-                f"scale asks for {wanted} {name} ({workers} workers), the cluster has {there:g}; "
+                f"scale asks for {wanted} {name} ({fixed} workers), the cluster has {there:g}; "
                 f"lower scale.workers or scale.{name[:-1].lower()}s_per_worker, or add nodes"
             )
-    return cpus, gpus
+    workers = scale.workers
+    if scale.is_elastic and ray_session.is_private:  # no node comes or goes
+        room = ray_session.num_gpus // gpus if gpus else ray_session.num_cpus // cpus
+        workers = min(scale.most_workers, max(fixed, room))
+    return replace(scale, workers=workers, cpus_per_worker=cpus, gpus_per_worker=gpus)

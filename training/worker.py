@@ -17,14 +17,26 @@ from peft import PeftModel
 
 from cluster import __version__, config, ownership, storage
 from cluster.errors import DataError, LorayError, ResourceError, StorageError
-from training import checkpoint, dataset, loop, memory, model, objective, special_ids
+from cluster.remote import is_url
+from training import (
+    checkpoint,
+    dataset,
+    loop,
+    memory,
+    model,
+    objective,
+    special_ids,
+    strategy,
+)
 from training.checkpoint import State
 from training.config import TrainRecipe
 from training.events import EventLog
 from training.memory import MemoryPlan
+from training.mirror import Mirror
 from training.model import Base
 from training.seat import Trunk
 from training.strategy import Workers
+from training.zero import Sharded
 
 if TYPE_CHECKING:  # it is needed at the end only
     from training.evaluate import Estimate
@@ -39,17 +51,19 @@ def run(
     workers: Workers,
     device: torch.device,
     workers_here: int,
-    data_fingerprint: str | None = None,
+    seen: dataset.Seen | None = None,
     is_held: bool = False,
     is_told_to_end: Callable[[], bool] = lambda: False,
 ) -> None:
     """Train a recipe whose paths are absolute into `run_dir`; the result is its last event.
 
-    workers_here: how many workers share this machine's memory. data_fingerprint: of the examples
-    as the driver saw them; None takes them as they are. is_held, is_told_to_end: see loop.Job.
-    Raises LorayError, the reason being in the run's events by then if they can be written, and
-    loop.ToldToEnd.
+    Where its storage is an object store, `run_dir` is that of its mirror.
+
+    workers_here: how many workers share this machine's memory. seen: the data as the driver saw it;
+    None takes it as it is. is_held, is_told_to_end: see loop.Job. Raises LorayError, the reason
+    being in the run's events by then if they can be written, and loop.ToldToEnd.
     """
+    mirror = Mirror.of(recipe)
     events = EventLog(run_dir / "events.jsonl") if workers.is_first else None
     try:
         _run(
@@ -58,8 +72,9 @@ def run(
             workers,
             device,
             workers_here,
-            data_fingerprint,
+            seen,
             events,
+            mirror,
             is_held,
             is_told_to_end,
         )
@@ -71,6 +86,8 @@ def run(
     finally:
         if events is not None:
             events.close()
+        if mirror is not None:
+            mirror.close()
 
 
 def _run(
@@ -79,19 +96,22 @@ def _run(
     workers: Workers,
     device: torch.device,
     workers_here: int,
-    data_fingerprint: str | None,
+    seen: dataset.Seen | None,
     events: EventLog | None,
+    mirror: Mirror | None,
     is_held: bool,
     is_told_to_end: Callable[[], bool],
 ) -> None:
     started = time.perf_counter()
-    attempt = ownership.next_attempt(run_dir) if workers.is_first else 0
+    attempt = _begin(run_dir, mirror) if workers.is_first else 0
     _require_memory(recipe, device, workers_here)
     base = model.load_base(recipe.model, device=device)
     peft_model, router = model.attach_lora(base, recipe.lora, seed=recipe.optim.seed)
     vocab_size = base.model.config.get_text_config().vocab_size
-    data = dataset.load(recipe, base.tokenizer, base.generation_eos, vocab_size=vocab_size)
-    if data_fingerprint not in (None, data.fingerprint):
+    data = dataset.load(
+        recipe, base.tokenizer, base.generation_eos, vocab_size=vocab_size, seen=seen
+    )
+    if seen is not None and seen.fingerprint != data.fingerprint:
         raise DataError(
             "the training examples on this worker are not those that the driver saw: a file was "
             "changed meanwhile, or this node holds another copy; put the data where all nodes "
@@ -103,17 +123,18 @@ def _run(
         peft_model, memory.random_probe(vocab_size, pad_id).to(device), base.autocast
     )
     plan = _agree_on_memory(
-        recipe, run_dir, base, chosen, data, pad_id, workers, workers_here, events
+        recipe, run_dir, base, chosen, data, pad_id, workers, workers_here, mirror, events
     )
     memory.set_checkpointing(chosen, is_on=plan.gradient_checkpointing)
     trained = sum(p.numel() for p in model.trainable(peft_model).values())
+    sharded = _sharded(recipe, base, peft_model, chosen, workers)
     storage.require_free(
         run_dir, 12 * trained * (recipe.checkpoint.keep + 2), purpose="checkpoints of the adapter"
     )
     batches = (
         dataset.SetBatches(data.train, recipe)
         if data.train is not None
-        else dataset.StreamBatches(recipe, data.encoder)
+        else dataset.StreamBatches(recipe, data.encoder, workers=workers, device=device)
     )
 
     def scores() -> dict[str, float]:
@@ -123,14 +144,21 @@ def _run(
         recipe=recipe,
         run_dir=run_dir,
         attempt=attempt,
-        trunk=Trunk(base=base, objective=chosen, router=router, memory=plan),
+        trunk=Trunk(
+            base=base,
+            objective=sharded.objective if sharded is not None else chosen,
+            router=router,
+            memory=plan,
+        ),
         batches=batches,
         eval_examples=data.eval if data.eval is not None else (),
         workers=workers,
         events=events,
         info=provenance(recipe, base, data),
+        mirror=mirror,
         is_held=is_held,
         is_told_to_end=is_told_to_end,
+        sharded=sharded,
         scores=scores if recipe.evaluation.metrics_during_run else dict,
     )
     state = loop.fit(job)
@@ -138,6 +166,31 @@ def _run(
         was_stopped = state.step < batches.num_steps and loop.stop_file(run_dir).exists()
         _finish(job, data, state, started, was_stopped=was_stopped)
     workers.wait()
+
+
+def _sharded(
+    recipe: TrainRecipe,
+    base: Base,
+    peft_model: PeftModel,
+    chosen: objective.Objective,
+    workers: Workers,
+) -> Sharded | None:
+    """What steps the adapter where the recipe asks for ZeRO."""
+    kind = strategy.check(recipe)
+    if kind not in strategy.ZERO:
+        return None
+    return Sharded(
+        model.adapter_parameters(peft_model),
+        recipe,
+        stage=strategy.ZERO.index(kind) + 1,
+        base=base,
+        objective=chosen,
+        workers=workers,
+    )
+
+
+def _begin(run_dir: Path, mirror: Mirror | None) -> int:
+    return ownership.next_attempt(run_dir) if mirror is None else mirror.begin()
 
 
 def provenance(recipe: TrainRecipe, base: Base, data: dataset.Dataset) -> dict[str, Any]:
@@ -165,6 +218,8 @@ def _finish(
     wants_best = job.recipe.evaluation.best == "loss" and state.best_step is not None
     step = state.best_step if wants_best and state.best_step is not None else state.step
     source = checkpoint.directory(job.run_dir, step)
+    if job.mirror is not None:
+        source = job.mirror.fetch_step(step)  # this machine may not have seen the best one
     checkpoint.load_adapter(source, job.trunk.model)
     scores = _evaluate(job, data, state)
     final = job.run_dir / "adapter"
@@ -176,6 +231,8 @@ def _finish(
         info={**job.info, "step": step, "eval": scores},
         is_fenced=lambda: not ownership.is_current_attempt(job.run_dir, job.attempt),
     )
+    if job.mirror is not None:
+        job.mirror.publish_adapter()
     seconds = state.train_s
     job.report(
         "finished",
@@ -195,6 +252,8 @@ def _finish(
         worker_wall_s=round(time.perf_counter() - started, 3),
         peak_rss_bytes=peak_rss_bytes(),
     )
+    if job.mirror is not None:
+        job.mirror.flush()
 
 
 def _evaluate(job: loop.Job, data: dataset.Dataset, state: State) -> dict[str, Any]:
@@ -229,6 +288,7 @@ def _agree_on_memory(
     pad_id: int,
     workers: Workers,
     workers_here: int,
+    mirror: Mirror | None,
     events: EventLog | None,
 ) -> MemoryPlan:
     """The run's stored plan, decided by the first worker where there is none.
@@ -238,8 +298,10 @@ def _agree_on_memory(
     longest = (
         recipe.data.max_length
         if data.train is None
-        else max(int(s.lengths.max()) for s in (data.train, data.eval) if s is not None)
+        else max(s.longest for s in (data.train, data.eval) if s is not None)
     )
+    if mirror is not None and workers.is_first:
+        mirror.pull(memory.PLAN)
     plan = memory.stored(run_dir)
     if workers.is_first and plan is not None and memory.was_killed(run_dir):
         share = -(-recipe.optim.global_batch_size // workers.size)
@@ -260,7 +322,11 @@ def _agree_on_memory(
             workers_here=workers_here,
         )
         memory.store(run_dir, plan)
+    if mirror is not None and workers.is_first:
+        mirror.push(memory.PLAN)
     workers.wait()
+    if mirror is not None and not workers.is_first:
+        mirror.pull(memory.PLAN)
     plan = memory.stored(run_dir)
     assert plan is not None
     return plan
@@ -303,14 +369,16 @@ def ray_worker(spec: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     torch.set_num_threads(spec["threads"])
     recipe = config.build(TrainRecipe, spec["recipe"], where="recipe")
-    run_dir = Path(spec["run_dir"])
+    mirror = Mirror.of(recipe)
+    run_dir = Path(spec["run_dir"]) if mirror is None else mirror.run_dir
+    storage.make_directory(run_dir)
     run(
         recipe,
         run_dir,
         workers=workers,
         device=device,
         workers_here=context.get_local_world_size(),
-        data_fingerprint=spec["data_fingerprint"],
+        seen=dataset.Seen(**spec["seen"]),
         is_held=spec["is_held"],
         is_told_to_end=notice.has_come,
     )
@@ -333,11 +401,12 @@ def with_absolute_paths(recipe: TrainRecipe) -> TrainRecipe:
             else (absolute(source) if source is not None else None)
         )
 
+    place = recipe.storage
     train = each(recipe.data.train)
     assert train is not None
     return replace(
         recipe,
-        storage=str(Path(recipe.storage).absolute()),
+        storage=place if is_url(place) else str(Path(place).absolute()),
         model=replace(recipe.model, base=absolute(recipe.model.base)),
         data=replace(recipe.data, train=train, eval=each(recipe.data.eval)),
     )

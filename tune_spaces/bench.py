@@ -274,7 +274,7 @@ class Bench:
         path = checkpoint.save(
             place.run_dir,
             self.trunk.model,
-            place.seat.optimizer,
+            place.seat.optimizer.pack(),
             place.seat.state,
             attempt=place.attempt,
             # Whoever joins here has the same report to tell, if nobody has heard it yet.
@@ -372,7 +372,7 @@ class Bench:
         newest.error = SeatShed("out of memory: the newest seat was taken away")
         for place in {id(p): p for p in (*places, newest)}.values():
             place.seat.pending.clear()
-            place.seat.optimizer.zero_grad(set_to_none=True)
+            place.seat.optimizer.zero_grad()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         log.warning("seat_lost=%s reason=out_of_memory", newest.run_dir.name)

@@ -67,30 +67,31 @@ def runs_at_once(scale: ScaleConfig, there: list[Node], wanted: int | None) -> i
     """
     gpus = _gpus(scale, there)
     least = 1 if scale.cpus_per_worker == "auto" else scale.cpus_per_worker
-    limit = _places(there, least, gpus) // scale.workers
+    limit = _places(there, least, gpus) // scale.least_workers
     if limit < (wanted or 1):
         raise ResourceError(
             f"search.seats is {wanted or 'auto'}: {wanted or 1} runs at once, each of "
-            f"{scale.workers} workers with {least} CPUs and {gpus} GPUs, but the cluster has room "
-            f"for {limit}; lower search.seats or scale, or add nodes"
+            f"{scale.least_workers} workers with {least} CPUs and {gpus} GPUs, but the cluster has "
+            f"room for {limit}; lower search.seats or scale, or add nodes"
         )
     if wanted is not None:
         return wanted
     if gpus or scale.cpus_per_worker != "auto":
         return limit
-    return max(1, _places(there, _cpus(scale, there, gpus, 1), gpus) // scale.workers)
+    return max(1, _places(there, _cpus(scale, there, gpus, 1), gpus) // scale.least_workers)
 
 
 def scale_of(scale: ScaleConfig, there: list[Node], runs: int) -> ScaleConfig:
     """What `auto` comes to for each of so many runs at once."""
     gpus = _gpus(scale, there)
-    return replace(scale, cpus_per_worker=_cpus(scale, there, gpus, runs), gpus_per_worker=gpus)
+    cpus = _cpus(scale, there, gpus, runs)
+    return replace(scale, workers=scale.least_workers, cpus_per_worker=cpus, gpus_per_worker=gpus)
 
 
 def _gpus(scale: ScaleConfig, there: list[Node]) -> int:
     if scale.gpus_per_worker != "auto":
         return scale.gpus_per_worker
-    return int(sum(node.gpus for node in there) >= scale.workers)
+    return int(sum(node.gpus for node in there) >= scale.least_workers)
 
 
 def _cpus(scale: ScaleConfig, there: list[Node], gpus: int, runs: int) -> int:
@@ -98,7 +99,9 @@ def _cpus(scale: ScaleConfig, there: list[Node], gpus: int, runs: int) -> int:
     if scale.cpus_per_worker != "auto":
         return scale.cpus_per_worker
     most = max((node.cpus for node in there), default=1)
-    fitting = (c for c in range(most, 1, -1) if _places(there, c, gpus) >= runs * scale.workers)
+    fitting = (
+        c for c in range(most, 1, -1) if _places(there, c, gpus) >= runs * scale.least_workers
+    )
     return next(fitting, 1)
 
 
