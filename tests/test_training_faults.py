@@ -20,7 +20,7 @@ from runs import adapter_bytes, events_of, make_recipe, run_dir_of, train
 from safetensors.numpy import load_file
 
 from cluster.errors import ResourceError, StorageError
-from training import checkpoint, memory
+from training import checkpoint, loop, memory
 from training.config import TrainRecipe
 from training.objective import Objective
 from training.packing import MicroBatch
@@ -315,6 +315,44 @@ def test_damaged_and_swapped_files_are_all_noticed_and_the_checkpoint_before_is_
     print(f"figure damage: {num_faults} of {num_faults} noticed; {num_same} more changed no byte")
 
 
+@pytest.mark.parametrize("which", ["best", "both"])
+def test_a_checkpoint_that_is_damaged_before_it_becomes_the_adapter_does_not_become_it(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """The best one is left out with a warning; of the last one the run begins again before it."""
+    settings: dict[str, Any] = {
+        "data": {"eval": str(tmp_path / "train.jsonl")},
+        "optim": {"learning_rate": 0.5, "schedule": "constant", "max_steps": 60},
+        "evaluation": {"every_steps": 2, "early_stopping": 2},
+    }
+    whole = make_recipe(tmp_path, tiny_base, name="whole", **settings)
+    end = train(whole)
+    best, last_step = int(end.number("adapter_step")), int(end.number("steps"))
+    assert best < last_step
+    recipe = make_recipe(tmp_path, tiny_base, name="hurt", **settings)
+    real = loop.fit
+
+    def fit(job: loop.Job) -> checkpoint.State:
+        state = real(job)
+        for step in [best] if which == "best" else [best, last_step]:
+            flip(checkpoint.directory(job.run_dir, step) / checkpoint.WEIGHTS, random.Random())
+        return state
+
+    monkeypatch.setattr(loop, "fit", fit)
+    if which == "both":
+        with pytest.raises(StorageError, match="set aside; the same command goes on"):
+            train(recipe)
+        monkeypatch.undo()
+    last = train(recipe)
+    assert last.number("adapter_step") == last.number("steps") == last_step
+    kept, whole_last = (
+        checkpoint.directory(run_dir_of(one), last_step) / checkpoint.WEIGHTS
+        for one in (recipe, whole)
+    )
+    assert adapter_bytes(recipe) == kept.read_bytes() == whole_last.read_bytes()
+    assert any(f"step-{best:06d}" in message for message in warnings_of(recipe))
+
+
 _KILLS = """
 import json, os, random, resource, signal, sys, time
 from contextlib import suppress
@@ -496,7 +534,7 @@ def error_of(recipe: TrainRecipe) -> str:
 def assert_kept_and_goes_on(recipe: TrainRecipe, before: int, whole: bytes) -> None:
     """Whatever was committed verifies, and the same run comes to the same end."""
     found = checkpoint.find_latest_valid(run_dir_of(recipe), on_broken=pytest.fail)
-    assert (0 if found is None else int(found.name.removeprefix("step-"))) >= before
+    assert (0 if found is None else checkpoint.step_of(found)) >= before
     assert train(recipe).kind == "finished"
     assert adapter_bytes(recipe) == whole
 

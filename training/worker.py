@@ -215,11 +215,7 @@ def _finish(
     job: loop.Job, data: dataset.Dataset, state: State, started: float, *, was_stopped: bool
 ) -> None:
     """Commit `<run>/adapter` from the chosen checkpoint, evaluate it, write the last event."""
-    wants_best = job.recipe.evaluation.best == "loss" and state.best_step is not None
-    step = state.best_step if wants_best and state.best_step is not None else state.step
-    source = checkpoint.directory(job.run_dir, step)
-    if job.mirror is not None:
-        source = job.mirror.fetch_step(step)  # this machine may not have seen the best one
+    step, source = _chosen(job, state)
     checkpoint.load_adapter(source, job.trunk.model)
     scores = _evaluate(job, data, state)
     final = job.run_dir / "adapter"
@@ -254,6 +250,33 @@ def _finish(
     )
     if job.mirror is not None:
         job.mirror.flush()
+
+
+def _chosen(job: loop.Job, state: State) -> tuple[int, Path]:
+    """The checkpoint that becomes the adapter: the best, or the last where that one is damaged.
+
+    Raises StorageError where the last is damaged too; the run then goes on from the one before.
+    """
+    wants_best = job.recipe.evaluation.best == "loss" and state.best_step is not None
+    steps = [state.best_step, state.step] if wants_best else [state.step]
+    for step in steps:
+        assert step is not None
+        source = checkpoint.directory(job.run_dir, step)
+        try:
+            if job.mirror is not None:
+                job.mirror.fetch_step(step)  # this machine may not have seen the best one
+            storage.verify(source)
+        except StorageError as error:
+            reason = str(error)
+            if source.exists():
+                storage.quarantine(source, reason)
+            job.report("warning", step=step, message=f"checkpoint {source.name}: {reason}")
+        else:
+            return step, source
+    raise StorageError(
+        f"the checkpoint that was to become the adapter is damaged ({reason}) and was set aside; "
+        "the same command goes on from the one before"
+    )
 
 
 def _evaluate(job: loop.Job, data: dataset.Dataset, state: State) -> dict[str, Any]:
