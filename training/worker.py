@@ -259,6 +259,7 @@ def _chosen(job: loop.Job, state: State) -> tuple[int, Path]:
     """
     wants_best = job.recipe.evaluation.best == "loss" and state.best_step is not None
     steps = [state.best_step, state.step] if wants_best else [state.step]
+    reason = ""
     for step in steps:
         assert step is not None
         source = checkpoint.directory(job.run_dir, step)
