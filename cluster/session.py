@@ -10,7 +10,6 @@ on a node of its cluster, or is submitted to it as a job (`cluster.jobs`).
 import logging
 import os
 import secrets
-import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from typing import Any
 
 from cluster.errors import ClusterError, ConfigError
 from cluster.remote import is_url
+from cluster.scratch import Scratch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 """The directory that holds our packages."""
@@ -218,7 +218,8 @@ def _private(num_cpus: int | None) -> Iterator[None]:
 
     root = tempfile.gettempdir()
     root = root if len(os.fsencode(root)) <= _MAX_TEMPORARY_ROOT else "/tmp"  # noqa: S108
-    directory = Path(tempfile.mkdtemp(prefix="loray-", dir=root))  # mode 0700
+    scratch = Scratch(Path(root))
+    directory = scratch.path
     try:
         token = directory / "token"
         descriptor = os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
@@ -257,7 +258,7 @@ def _private(num_cpus: int | None) -> Iterator[None]:
             finally:
                 ray.shutdown()
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        scratch.remove()
         forget_token()
 
 

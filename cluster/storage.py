@@ -23,7 +23,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeAlias, cast
@@ -254,6 +254,16 @@ def clean_leftovers(directory: Path) -> list[Path]:
             _fsync(directory)
         touched.append(path)
     return touched
+
+
+@contextmanager
+def explained(target: Path) -> Iterator[None]:
+    """Raise StorageError in place of any I/O error of the block, which writes `target`."""
+    try:
+        yield
+    except Exception as error:
+        _raise_explained(error, target)
+        raise
 
 
 def cache_dir() -> Path:

@@ -21,7 +21,7 @@ ServeFile = Annotated[
 ]
 
 
-_PRIVATE_RAY = {
+PRIVATE_RAY = {
     # Ray (2.60) runs workers at niceness 15, so that clients on this machine would slow the engine.
     "RAY_worker_niceness": "0",
     # Serve's own words for less work by request; our application never blocks the loop.
@@ -69,7 +69,7 @@ def serve(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
-    with session.environment(_PRIVATE_RAY), session.connect(address) as ray_session:
+    with session.environment(PRIVATE_RAY), session.connect(address) as ray_session:
         from ray import serve as ray_serve
 
         from serving import app

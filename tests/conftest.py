@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import chaos
 import fsspec
 import pytest
 from tiny import make_base
@@ -32,6 +33,13 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test has a LoRay cache directory of its own."""
     monkeypatch.setenv("LORAY_CACHE", str(tmp_path / "loray-cache"))
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """The test fails where it leaves a process or a temporary file."""
+    with chaos.nothing_left():
+        yield
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import chaos
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -329,17 +330,8 @@ def test_leftovers_of_earlier_attempts_are_removed(committed: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except OSError as error:
-        pytest.skip(f"mount cannot run: {error}")
-    if done.returncode:
-        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
-    yield mount
-    subprocess.run(["umount", "-l", str(mount)], check=True, timeout=20)
+    with chaos.small_disk(tmp_path / "disk", 1 << 20) as disk:
+        yield disk
 
 
 def _with_open(directory: Path) -> None:

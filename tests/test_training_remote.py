@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,8 +17,8 @@ from processes import ROOT, call, finish, start, wait_until
 from runs import adapter_bytes, events_of, make_recipe, run_dir_of, train
 
 from cluster import config, storage
-from cluster.errors import AdapterError, ConfigError, RunInUseError, StorageError
-from training import run, worker
+from cluster.errors import ConfigError, RunInUseError, StorageError
+from training import run
 from training.checkpoint import WEIGHTS
 from training.config import TrainRecipe
 from training.mirror import Mirror
@@ -251,24 +250,16 @@ def test_a_run_ended_midway_goes_on_from_the_store_to_the_same_bits(
         run.train(changed, say=said.append, watch=lambda _: None)
 
 
-def test_why_a_worker_failed_reaches_the_driver_and_is_forgotten_by_the_next(
+def test_a_stop_that_was_asked_for_is_forgotten_by_the_next(
     s3: "S3Server", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LORAY_CACHE", str(tmp_path / "node"))
-    node = Mirror(URL, "run")
     monkeypatch.setenv("LORAY_CACHE", str(tmp_path / "driver"))
     driver = Mirror(URL, "run")
-    for mirror in (node, driver):
-        storage.make_directory(mirror.run_dir)
-    record = worker.failure_record(AdapterError("what and where"))
-    storage.write_file(node.run_dir / "failure-1.json", record)
-    node.push("failure-1.json")
-    driver.collect()
-    with pytest.raises(AdapterError, match="what and where"):
-        run._raise_failure(driver.run_dir, driver.url, SimpleNamespace(error=None))  # pyright: ignore
+    storage.make_directory(driver.run_dir)
     driver.request_stop()
+    assert [name for name in s3.objects() if "stop" in name]
     with driver.held():
-        assert not [name for name in s3.objects() if "failure" in name or "stop" in name]
+        assert not [name for name in s3.objects() if "stop" in name]
 
 
 @pytest.mark.ray

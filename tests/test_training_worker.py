@@ -1,6 +1,5 @@
 """What a worker refuses before it loads, and what it tells the driver."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,8 @@ from peft import PeftModel
 from runs import events_of, make_recipe, run_dir_of, train, write_rows
 from transformers import AutoModelForCausalLM
 
-from cluster import errors, storage
-from cluster.errors import AdapterError, DataError, ResourceError
+from cluster import storage
+from cluster.errors import DataError, ResourceError
 from training import checkpoint, dataset, memory, run, worker
 from training import model as model_room
 from training.config import ModelConfig
@@ -48,13 +47,6 @@ def test_other_data_than_the_driver_saw_is_refused(tmp_path: Path, tiny_base: Pa
             workers_here=1,
             seen=dataset.Seen(fingerprint="another"),
         )
-
-
-def test_an_error_comes_back_as_its_own_kind() -> None:
-    record = json.loads(worker.failure_record(AdapterError("what and where")))
-    kind = getattr(errors, record["kind"])
-    assert kind is AdapterError
-    assert record["message"] == "what and where"
 
 
 def test_local_paths_become_absolute_and_other_names_stay(

@@ -104,9 +104,10 @@ def find_latest_valid(run_dir: Path, on_broken: Callable[[str], None] = log.warn
 
     This is the only source of a resume.
     """
-    for _, path in sorted(_steps(run_dir).items(), reverse=True):
+    for step, path in sorted(_steps(run_dir).items(), reverse=True):
         try:
             storage.verify(path)
+            _require_step(path, step)
         except StorageError as error:
             moved = storage.quarantine(path, str(error))
             on_broken(f"checkpoint {path.name} is damaged ({error}); moved to {moved.name}")
@@ -258,6 +259,13 @@ def load_adapter(path: Path, model: PeftModel, *, adapter: str = ADAPTER) -> Non
 def _adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     """By PEFT's file names, which do not say what the adapter is called."""
     return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+
+
+def _require_step(path: Path, step: int) -> None:
+    """Raise StorageError where a whole checkpoint lies under the name of another."""
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))["state"]
+    if state["step"] != step:
+        raise StorageError(f"{path} holds step {state['step']}: it was moved there from elsewhere")
 
 
 def _remove(path: Path) -> None:

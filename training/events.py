@@ -9,8 +9,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from cluster import storage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +39,7 @@ class EventLog:
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
+        self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         is_torn = path.exists() and path.stat().st_size > 0 and _last_byte(path) != b"\n"
         self._file = path.open("a", encoding="utf-8")
@@ -43,16 +47,21 @@ class EventLog:
             self._file.write("\n")
 
     def write(self, kind: str, *, sync: bool = False, **fields: object) -> None:
-        """Append one event; numbers that are not finite become null, which JSON has."""
+        """Append one event; numbers that are not finite become null, which JSON has.
+
+        Raises StorageError where it cannot be written, as on a full disk.
+        """
         line = {"event": kind, "time": round(self._clock(), 3), **fields}
-        self._file.write(json.dumps(_finite(line), separators=(",", ":")) + "\n")
-        self._file.flush()
-        if sync:
-            os.fsync(self._file.fileno())
+        with storage.explained(self._path):
+            self._file.write(json.dumps(_finite(line), separators=(",", ":")) + "\n")
+            self._file.flush()
+            if sync:
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; nothing may be written afterwards."""
-        self._file.close()
+        with suppress(OSError):  # what a full disk had no room for is tried again, and lost
+            self._file.close()
 
 
 class EventReader:

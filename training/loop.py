@@ -7,6 +7,7 @@ resumed run is bitwise the uninterrupted one on the same kind of machine. A loss
 is not finite is seen before the optimiser moves. What one step is, is in `training.seat`.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from cluster import storage
-from training import checkpoint
+from training import checkpoint, memory
 from training.checkpoint import State
 from training.config import TrainRecipe
 from training.events import EventLog
@@ -29,8 +30,14 @@ from training.strategy import Workers
 from training.tokens import Encoded
 from training.zero import Sharded
 
+log = logging.getLogger(__name__)
+
 _HOLD_TIMEOUT_S = 900.0
 _HOLD_POLL_S = 0.02
+
+
+class ToldToEnd(Exception):
+    """A worker is to be taken away; the checkpoint of this step is committed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +61,8 @@ class Job:
     """Of a run whose storage is an object store."""
     is_held: bool = False
     """Wait after each due checkpoint until `let_pass`, for whoever judges the run."""
+    is_told_to_end: Callable[[], bool] = lambda: False
+    """Whether this worker is to be taken away soon; asked once a step."""
     sharded: Sharded | None = None
     """Steps the parameters where workers share their state."""
     clock: Callable[[], float] = time.perf_counter
@@ -67,7 +76,8 @@ class Job:
 def fit(job: Job) -> State:
     """Train to the end, from the newest valid checkpoint where there is one; returns the end state.
 
-    Raises TrainingError where a loss or gradient is not finite or a layer does not learn.
+    Raises TrainingError where a loss or gradient is not finite or a layer does not learn,
+    ResourceError where memory does not suffice for one example, and ToldToEnd.
     """
     seat = Seat(
         adapter=ADAPTER,
@@ -91,26 +101,91 @@ def fit(job: Job) -> State:
         **asdict(job.trunk.memory),
     )
     while not seat.is_done and not _is_held_back(job, seat):
-        wants_stop = _step(job, seat)
-        _after_step(job, seat, wants_stop=wants_stop)
+        wants_stop, is_told = _step(job, seat)
+        _after_step(job, seat, wants_stop=wants_stop or is_told)
         if wants_stop or _is_stale(seat):
             break
+        if is_told and not seat.is_done:
+            raise ToldToEnd(f"checkpoint of step {seat.state.step}")
     return seat.state
 
 
-def _step(job: Job, seat: Seat) -> bool:
-    """One optimiser step; whether the run was asked to stop."""
+def _step(job: Job, seat: Seat) -> tuple[bool, bool]:
+    """One optimiser step; whether the run was asked to stop, and whether a worker was to end."""
     started = job.clock()
-    seat.start_step()
-    while seat.pending:
-        turn(job.trunk, [(seat, seat.pending.popleft())])
+    is_short = _accumulate(job, seat)
     asked = job.workers.is_first and stop_file(job.run_dir).exists()
-    stop = torch.tensor([float(asked)], device=job.trunk.base.device)
-    step = seat.finish_step(stop)
+    told = torch.tensor(
+        [float(asked), float(job.is_told_to_end()), float(is_short)], device=job.trunk.base.device
+    )
+    step = seat.finish_step(told)
     seconds = job.clock() - started
     seat.state = replace(seat.state, train_s=seat.state.train_s + seconds)
     _report_step(job, seat.state.step, step, seconds)
-    return bool(stop.item())
+    wants_stop, num_told, num_short = told.tolist()
+    if num_short:
+        job.report(
+            "warning",
+            step=seat.state.step,
+            message=f"memory did not suffice on {num_short:g} of {job.workers.size} workers: the "
+            "step was begun again with smaller micro-batches (here of "
+            f"{seat.trunk.memory.micro_batch_tokens} tokens) of the same global batch",
+        )
+    return bool(wants_stop), bool(num_told)
+
+
+def _accumulate(job: Job, seat: Seat) -> bool:
+    """Add up this worker's part of a step, begun again in smaller pieces as memory asks for it.
+
+    Returns whether it did. Gradients are sums over tokens, so the cut of a batch does not change
+    them beyond rounding, and workers need not agree on it. A later attempt starts with the run's
+    stored plan again. Where workers share their state and pass together (ZeRO), the error goes on,
+    and the next attempt of all has smaller micro-batches.
+    """
+    is_short = False
+    while True:
+        seat.start_step()
+        tokens = 0
+        try:
+            while seat.pending:
+                piece = seat.pending.popleft()
+                tokens = piece.batch.input_ids_BL.numel() if len(piece.batch.segments) > 1 else 1
+                turn(seat.trunk, [(seat, piece)])
+            return is_short
+        except (MemoryError, RuntimeError) as error:
+            if not _can_begin_again(job, error):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+        is_short = True  # outside of the except block, which holds what the error's frames hold
+        _halve(job, seat, tokens, reason)
+
+
+def _can_begin_again(job: Job, error: BaseException) -> bool:
+    if not memory.is_short(error):
+        return False
+    if job.sharded is not None:
+        memory.note_kill(job.run_dir)
+    return job.sharded is None
+
+
+def _halve(job: Job, seat: Seat, tokens: int, reason: str) -> None:
+    """Make this worker's micro-batches half as large as the one of `tokens` that did not fit."""
+    log.warning("out_of_memory=%s tokens=%d reason=%r", job.run_dir.name, tokens, reason)
+    seat.pending.clear()
+    seat.trunk = replace(seat.trunk, memory=memory.halved(seat.trunk.memory, tokens))
+    if job.trunk.base.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _eval_loss(job: Job, seat: Seat) -> float:
+    while True:
+        try:
+            return eval_loss(seat.trunk, job.eval_examples, workers=job.workers)
+        except (MemoryError, RuntimeError) as error:
+            if not _can_begin_again(job, error):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+        _halve(job, seat, seat.trunk.memory.micro_batch_tokens, reason)
 
 
 def _report_step(job: Job, number: int, step: Step, seconds: float) -> None:
@@ -140,7 +215,7 @@ def _after_step(job: Job, seat: Seat, *, wants_stop: bool) -> None:
     step = seat.state.step
     is_best = False
     if len(job.eval_examples) and (seat.is_done or (every and step % every == 0)):
-        loss = eval_loss(job.trunk, job.eval_examples, workers=job.workers)
+        loss = _eval_loss(job, seat)
         is_best = seat.state.best_loss is None or loss < seat.state.best_loss
         scores = job.scores() if job.workers.is_first else {}
         job.report("eval", step=step, loss=loss, is_best=is_best, **scores)

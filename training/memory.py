@@ -5,7 +5,8 @@ another order, and a resumed run must be bitwise the uninterrupted one.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from training.model import Base
 from training.objective import CHUNK, Objective
 from training.tokens import Encoded
 
+_KILL_NOTE = "killed-for-memory"
 PLAN = "memory.json"
 """The plan's file in the run's directory."""
 _PARITY_BOUND = 1e-4
@@ -29,6 +31,8 @@ _PARITY_BOUND = 1e-4
 TARGET_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens of a micro-batch beyond which a device gains little: on two cores 1,024 are 4 % faster
 than 512, for 0.7 GB more with a base of 135M. Not measured on GPUs."""
+_TOO_LITTLE = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+"""Words of PyTorch on CPU, of CUDA and of cuBLAS in errors that have no type of their own."""
 _USABLE_SHARE = 0.6
 """Of the free memory; the rest is for what is not measured (fragmentation, optimiser, others)."""
 
@@ -111,6 +115,63 @@ def stored(run_dir: Path) -> MemoryPlan | None:
 def store(run_dir: Path, plan: MemoryPlan) -> None:
     """Keep the plan for every later attempt of the run."""
     storage.write_file(run_dir / PLAN, json.dumps(asdict(plan), indent=1).encode())
+
+
+def is_short(error: BaseException) -> bool:
+    """Whether an error says that memory does not suffice, on a CPU or a GPU."""
+    is_typed = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return is_typed or any(words in str(error) for words in _TOO_LITTLE)
+
+
+def halved(plan: MemoryPlan, tokens: int, *, smallest: int = 1) -> MemoryPlan:
+    """The plan with micro-batches of half of `tokens`, but not below `smallest` tokens.
+
+    Raises ResourceError where `tokens` is that small already, which is one example.
+    """
+    if tokens <= smallest:
+        raise ResourceError(
+            f"memory does not suffice for a micro-batch of one example (micro_batch_tokens "
+            f"{plan.micro_batch_tokens}, gradient checkpointing "
+            f"{'on' if plan.gradient_checkpointing else 'off'}). Lower data.max_length or "
+            "lora.rank, set memory.gradient_checkpointing: on or model.quantization: nf4, use "
+            "fewer workers on this machine, or a larger one"
+        )
+    return replace(plan, micro_batch_tokens=max(smallest, tokens // 2))
+
+
+def note_kill(run_dir: Path) -> None:
+    """Have the next attempt of the run use less memory than the one that was killed for it."""
+    storage.write_file(run_dir / _KILL_NOTE, b"")
+
+
+def was_killed(run_dir: Path) -> bool:
+    """Whether the last attempt of the run was killed for memory."""
+    return (run_dir / _KILL_NOTE).exists()
+
+
+def shrink(run_dir: Path, plan: MemoryPlan, *, longest_tokens: int, most_tokens: int) -> MemoryPlan:
+    """The stored plan, halved for good, since the last attempt was killed for memory.
+
+    longest_tokens: of one example. most_tokens: that a worker has in a step. Raises ResourceError
+    where a micro-batch holds but one example already.
+    """
+    smaller = halved(
+        plan, min(plan.micro_batch_tokens, most_tokens), smallest=max(1, longest_tokens)
+    )
+    store(run_dir, smaller)
+    (run_dir / _KILL_NOTE).unlink()
+    return smaller
+
+
+def num_kernel_kills() -> int:
+    """Processes that the kernel has killed for memory: in this container, else on this machine."""
+    for path in (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat")):
+        with suppress(OSError):
+            for line in path.read_text(encoding="ascii").splitlines():
+                name, _, count = line.partition(" ")
+                if name == "oom_kill":
+                    return int(count)
+    return 0
 
 
 def set_checkpointing(objective: Objective, *, is_on: bool) -> None:

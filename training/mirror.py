@@ -6,7 +6,6 @@ published. Who writes what below <storage>/<name>:
 recipe.json, stop-requested, leases/          the driver
 attempts/<number>                             the first worker of each attempt, create-only
 memory.json, events/, checkpoints/, adapter/  the first worker
-failure-<rank>.json                           the worker that failed
 
 A checkpoint is `checkpoints/step-<step>-<attempt>/`: an attempt that has been fenced off cannot
 touch those of another. One that is damaged gets a `.broken` object that says why, and is left.
@@ -76,7 +75,7 @@ class Mirror:
     def held(self) -> Iterator[Lease]:
         """Own the run, with what it holds of the driver's here; the caller has the local lock."""
         with Lease(self.remote, self.run_dir) as lease:
-            self.remote.remove([STOP, *self._failures()])
+            self.remote.remove([STOP])
             self.pull("recipe.json")
             yield lease
 
@@ -96,16 +95,6 @@ class Mirror:
         if reason is not None:
             log.warning("adapter=unusable url=%s/adapter reason=%r", self.url, reason)
             shutil.rmtree(self.run_dir / "adapter", ignore_errors=True)
-
-    def collect(self) -> None:
-        """Bring here what the workers left: all events, and why they failed if they did."""
-        self.follow()
-        self.collect_failures()
-
-    def collect_failures(self) -> None:
-        """Bring here why workers failed, if they did."""
-        for name in self._failures():
-            self.pull(name)
 
     # Every worker
 
@@ -219,9 +208,6 @@ class Mirror:
 
     def _is_fenced(self) -> bool:
         return self.remote.newest("attempts") != self._attempt
-
-    def _failures(self) -> list[str]:
-        return [name for name in self.remote.sizes("") if name.startswith("failure-")]
 
     def _published(self) -> list[tuple[str, int]]:
         """Names and steps of the committed checkpoints that nobody found damaged, newest first."""

@@ -8,18 +8,20 @@ import json
 import logging
 import os
 import platform
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster import __version__, config, errors, ownership, session, storage
-from cluster.errors import ClusterError, ConfigError, LorayError
+from cluster.errors import ClusterError, ConfigError, ResourceError
 from cluster.lease import Lease
-from training import dataset, loop, model, sinks, special_ids, strategy, worker
+from training import dataset, loop, memory, model, sinks, special_ids, strategy, worker
 from training.config import ScaleConfig, TrainRecipe
 from training.dataset import Dataset
 from training.events import Event, EventReader
@@ -54,8 +56,8 @@ def train(
     address: of a Ray cluster; None uses RAY_ADDRESS, or starts a private one on this machine.
     scale: what the recipe's `scale` comes to where several runs share the cluster. is_held: the run
     waits after each checkpoint until `loop.let_pass`.
-    Raises LorayError. The first Ctrl-C stops after the current step with a checkpoint, the second
-    at once (KeyboardInterrupt).
+    Raises LorayError. The first Ctrl-C or SIGTERM stops after the current step with a checkpoint,
+    the second at once (KeyboardInterrupt).
     """
     started = time.perf_counter()
     strategy.check(recipe)
@@ -79,6 +81,7 @@ def train(
         with (
             session.connect(address) as ray_session,
             sinks.opened(recipe.log.to, run_dir) as tell_sinks,
+            _sigterm_as_interrupt(),
         ):
             from training import trainer
 
@@ -91,7 +94,7 @@ def train(
                 watch(event)
                 tell_sinks(event)
         if mirror is not None:
-            mirror.collect()
+            mirror.follow()
         _raise_failure(run_dir, place, outcome)
         if "finished" not in last:
             raise ClusterError(f"the workers ended without a result; see {run_dir}/events.jsonl")
@@ -166,11 +169,27 @@ def _follow(
             interrupts += 1
             if interrupts > 1:
                 raise
-            say("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
+            say(
+                "stopping after this step, with a checkpoint; Ctrl-C or SIGTERM again stops at once"
+            )
             if mirror is None:
                 loop.stop_file(run_dir).touch()
             else:
                 mirror.request_stop()
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM is a notice: `ray job stop`, SLURM and Kubernetes send it ahead of SIGKILL."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # of a search, which has a process of its own for signals
+        return
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _claim(run_dir: Path, recipe: TrainRecipe, data_fingerprint: str) -> None:
@@ -246,13 +265,20 @@ def _result(
 
 
 def _raise_failure(run_dir: Path, place: str, outcome: "Outcome") -> None:
-    """Raise what a worker left behind, or what Ray said."""
-    for path in sorted(run_dir.glob("failure-*.json")):
-        record: Mapping[str, str] = json.loads(path.read_text(encoding="utf-8"))
-        kind = getattr(errors, record["kind"], LorayError)
-        raise kind(record["message"])
-    if isinstance(outcome.error, LorayError):
-        raise outcome.error
+    """Raise what a worker said, or what Ray did."""
+    from training import failures
+
+    reason = failures.reason(outcome.error)
+    if reason is not None:
+        raise reason
+    if outcome.error is not None and memory.was_killed(run_dir):
+        raise ResourceError(
+            f"workers were killed for memory until scale.max_failures was used up, the last time "
+            f"with micro-batches of {_micro_batch_tokens(run_dir)} tokens. The same command goes "
+            "on with half of that, where a micro-batch still holds more than one example; else "
+            "lower data.max_length or scale.workers, set memory.gradient_checkpointing: on or "
+            f"model.quantization: nf4, or use a larger machine. Checkpoints are kept in {place}"
+        )
     if outcome.error is not None:
         raise ClusterError(
             f"Ray Train gave up: {str(outcome.error).strip()[-2000:]}\nThe run's checkpoints are "
@@ -264,8 +290,12 @@ def _clean(run_dir: Path) -> None:
     for directory in (run_dir, run_dir / "checkpoints"):
         if directory.is_dir():
             storage.clean_leftovers(directory)
-    for path in [loop.stop_file(run_dir), *run_dir.glob("failure-*.json")]:
-        path.unlink(missing_ok=True)
+    loop.stop_file(run_dir).unlink(missing_ok=True)
+
+
+def _micro_batch_tokens(run_dir: Path) -> int | str:
+    plan = memory.stored(run_dir)
+    return "unknown" if plan is None else plan.micro_batch_tokens
 
 
 def _require_writable(run_dir: Path) -> None:

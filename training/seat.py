@@ -139,7 +139,7 @@ class Seat:
         step, seed = self.state.step, self.recipe.optim.seed
         self.optimizer.zero_grad()
         self._loss_sum.zero_()
-        self._batch = self.batches.batch(step)
+        self._batch = self._batch or self.batches.batch(step)  # which a stream gives once
         mine = share(self._batch, self.workers.rank, self.workers.size)
         keys = [(seed, step, number) for number, _ in mine]
         plan = layout(self.trunk, [e for _, e in mine])

@@ -5,14 +5,16 @@ On two cores helpers and servers took 9 % of the training speed: the loop's two 
 each other, so that a pause of one is a pause of both. On a private Ray the controller therefore
 runs in the driver, and helpers that have nothing to do are not started or end at once; the servers
 likewise in `cluster.session`. `scripts/bench ray` measures what is left. The private names of Ray
-Train that this takes are all in this file.
+Train that this takes are all in this file, `failures.py` and `notice.py`.
 """
 
 import asyncio
 import logging
-import tempfile
+import os
+import signal
 import threading
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -39,21 +41,27 @@ from ray.util.placement_group import (
 from cluster import config, remote
 from cluster.errors import ResourceError
 from cluster.remote import is_url
+from cluster.scratch import Scratch
 from cluster.session import Session
-from training import strategy, worker
+from training import notice, strategy, worker
 from training.config import ScaleConfig, TrainRecipe
 from training.dataset import Seen
+from training.failures import FailurePolicy
 
 _RESIZE_EVERY_S = 30.0
 """Between two looks for room for more workers: each resize costs a start and what was not saved."""
 _GROUP_TIMEOUT_S = 1800
 """Longest wait of a worker for the others, which may be evaluating by generation."""
+_HUNG_AFTER_S = "60"
+"""Without an answer of a worker's actor, which has a thread for it beside that of the training: a
+worker that evaluates or writes for longer answers, a stopped process does not. Ray Train's own
+setting (600 s) wins where it is in the environment."""
 
 
 class Outcome:
     """A call in a thread: Ctrl-C must reach the main thread, not Ray's own handler."""
 
-    def __init__(self, call: Callable[[], object], scratch: tempfile.TemporaryDirectory[str]):
+    def __init__(self, call: Callable[[], object], scratch: Scratch):
         self.error: BaseException | None = None
         self._call = call
         self._scratch = scratch
@@ -66,7 +74,7 @@ class Outcome:
         except BaseException as error:  # handed over to the main thread
             self.error = error
         finally:
-            self._scratch.cleanup()
+            self._scratch.remove()
             self._ended.set()
 
     def is_over(self, timeout_s: float) -> bool:
@@ -92,6 +100,8 @@ def start(
     cpus, gpus = scale.cpus_per_worker, scale.gpus_per_worker
     assert cpus != "auto"
     assert gpus != "auto"
+    # Read where the controller starts workers: in this process, or in an actor that is given it.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", _HUNG_AFTER_S)
     if ray_session.is_private:
         end_workers([recipe.name])  # of a driver that was killed: nobody else has the lock
     spec = {
@@ -103,7 +113,7 @@ def start(
     }
     # Ray's state of the run is not used: our checkpoints are the truth, so it gets a throw-away
     # place (a truncated checkpoint_manager_snapshot.json makes a run of Ray 2.60 unresumable).
-    scratch = tempfile.TemporaryDirectory(prefix="loray-train-", ignore_cleanup_errors=True)
+    scratch = Scratch()
     talks = scale.workers != 1 or scale.strategy in strategy.ZERO
     group = TorchConfig if talks else _NoGroup
     train = worker.ray_worker
@@ -123,11 +133,12 @@ def start(
         ),
         run_config=RunConfig(
             name=recipe.name,
-            storage_path=scratch.name,
+            storage_path=str(scratch.path),
             failure_config=FailureConfig(max_failures=recipe.scale.max_failures),
         ),
     )
     trainer.is_private = ray_session.is_private
+    trainer.run_dir = run_dir
     return Outcome(trainer.fit, scratch)
 
 
@@ -169,14 +180,19 @@ class _LeanTrainer(TorchTrainer):
 
     is_private = False
     """A private Ray ends with its driver, and leaves no placement group to clean up."""
+    run_dir = Path()
+    """Where the workers write."""
 
     def _create_default_callbacks(self) -> list[Any]:
         idle: tuple[type, ...] = (DatasetsCallback,)  # it serves Ray Data sets; we use none
         if self.is_private:
             idle = (*idle, PlacementGroupCleanerCallback)
-        return [call for call in super()._create_default_callbacks() if not isinstance(call, idle)]
+        calls = [call for call in super()._create_default_callbacks() if not isinstance(call, idle)]
+        return [*calls, notice.Listener()]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
+        config: Any = self.run_config.failure_config
+        options["failure_policy"] = FailurePolicy(config, self.run_dir)
         if not self.is_private:
             return super()._initialize_and_run_controller(**options)
         options["scaling_policy"] = _StillPolicy(self.scaling_config)
@@ -195,6 +211,13 @@ class _LeanGroup(WorkerGroup):
         if len(self.get_workers()) == 1:  # it would wait for itself in a process of its own
             state: Any = self._worker_group_state
             ray.kill(state.sync_actor)
+
+    def shutdown(self) -> None:
+        """Ends a stopped worker by hand, since Ray would first ask it to go, for half a minute."""
+        for rank in self._world_rank_to_ongoing_poll:
+            with suppress(ProcessLookupError):
+                os.kill(self.get_workers()[rank].metadata.pid, signal.SIGKILL)
+        super().shutdown()
 
     def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> Any:
         """As Ray's without TPUs, and with the run's name, by which `end_workers` finds it."""

@@ -6,7 +6,7 @@ import logging
 import platform
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -53,22 +53,35 @@ def run(
     workers_here: int,
     seen: dataset.Seen | None = None,
     is_held: bool = False,
+    is_told_to_end: Callable[[], bool] = lambda: False,
 ) -> None:
     """Train a recipe whose paths are absolute into `run_dir`; the result is its last event.
 
     Where its storage is an object store, `run_dir` is that of its mirror.
 
     workers_here: how many workers share this machine's memory. seen: the data as the driver saw it;
-    None takes it as it is. is_held: see loop.Job. Raises LorayError; the reason is in the run's
-    events by then.
+    None takes it as it is. is_held, is_told_to_end: see loop.Job. Raises LorayError, the reason
+    being in the run's events by then if they can be written, and loop.ToldToEnd.
     """
     mirror = Mirror.of(recipe)
     events = EventLog(run_dir / "events.jsonl") if workers.is_first else None
     try:
-        _run(recipe, run_dir, workers, device, workers_here, seen, events, mirror, is_held)
+        _run(
+            recipe,
+            run_dir,
+            workers,
+            device,
+            workers_here,
+            seen,
+            events,
+            mirror,
+            is_held,
+            is_told_to_end,
+        )
     except LorayError as error:
         if events is not None:
-            events.write("failed", sync=True, code=error.code, message=str(error))
+            with suppress(StorageError):  # a full disk has no room for saying so
+                events.write("failed", sync=True, code=error.code, message=str(error))
         raise
     finally:
         if events is not None:
@@ -87,6 +100,7 @@ def _run(
     events: EventLog | None,
     mirror: Mirror | None,
     is_held: bool,
+    is_told_to_end: Callable[[], bool],
 ) -> None:
     started = time.perf_counter()
     attempt = _begin(run_dir, mirror) if workers.is_first else 0
@@ -109,7 +123,7 @@ def _run(
         peft_model, memory.random_probe(vocab_size, pad_id).to(device), base.autocast
     )
     plan = _agree_on_memory(
-        recipe, run_dir, base, chosen, data, pad_id, workers, workers_here, mirror
+        recipe, run_dir, base, chosen, data, pad_id, workers, workers_here, mirror, events
     )
     memory.set_checkpointing(chosen, is_on=plan.gradient_checkpointing)
     trained = sum(p.numel() for p in model.trainable(peft_model).values())
@@ -143,6 +157,7 @@ def _run(
         info=provenance(recipe, base, data),
         mirror=mirror,
         is_held=is_held,
+        is_told_to_end=is_told_to_end,
         sharded=sharded,
         scores=scores if recipe.evaluation.metrics_during_run else dict,
     )
@@ -200,11 +215,7 @@ def _finish(
     job: loop.Job, data: dataset.Dataset, state: State, started: float, *, was_stopped: bool
 ) -> None:
     """Commit `<run>/adapter` from the chosen checkpoint, evaluate it, write the last event."""
-    wants_best = job.recipe.evaluation.best == "loss" and state.best_step is not None
-    step = state.best_step if wants_best and state.best_step is not None else state.step
-    source = checkpoint.directory(job.run_dir, step)
-    if job.mirror is not None:
-        source = job.mirror.fetch_step(step)  # this machine may not have seen the best one
+    step, source = _chosen(job, state)
     checkpoint.load_adapter(source, job.trunk.model)
     scores = _evaluate(job, data, state)
     final = job.run_dir / "adapter"
@@ -241,6 +252,34 @@ def _finish(
         job.mirror.flush()
 
 
+def _chosen(job: loop.Job, state: State) -> tuple[int, Path]:
+    """The checkpoint that becomes the adapter: the best, or the last where that one is damaged.
+
+    Raises StorageError where the last is damaged too; the run then goes on from the one before.
+    """
+    wants_best = job.recipe.evaluation.best == "loss" and state.best_step is not None
+    steps = [state.best_step, state.step] if wants_best else [state.step]
+    reason = ""
+    for step in steps:
+        assert step is not None
+        source = checkpoint.directory(job.run_dir, step)
+        try:
+            if job.mirror is not None:
+                job.mirror.fetch_step(step)  # this machine may not have seen the best one
+            storage.verify(source)
+        except StorageError as error:
+            reason = str(error)
+            if source.exists():
+                storage.quarantine(source, reason)
+            job.report("warning", step=step, message=f"checkpoint {source.name}: {reason}")
+        else:
+            return step, source
+    raise StorageError(
+        f"the checkpoint that was to become the adapter is damaged ({reason}) and was set aside; "
+        "the same command goes on from the one before"
+    )
+
+
 def _evaluate(job: loop.Job, data: dataset.Dataset, state: State) -> dict[str, Any]:
     """The recipe's metrics of the loaded adapter, as the manifest and the last event carry them."""
     if data.eval is None or not job.recipe.data.eval:
@@ -274,16 +313,30 @@ def _agree_on_memory(
     workers: Workers,
     workers_here: int,
     mirror: Mirror | None,
+    events: EventLog | None,
 ) -> MemoryPlan:
-    """The run's stored plan, decided by the first worker where there is none."""
+    """The run's stored plan, decided by the first worker where there is none.
+
+    Micro-batches are halved where the last attempt was killed for memory.
+    """
+    longest = (
+        recipe.data.max_length
+        if data.train is None
+        else max(s.longest for s in (data.train, data.eval) if s is not None)
+    )
     if mirror is not None and workers.is_first:
         mirror.pull(memory.PLAN)
-    if workers.is_first and memory.stored(run_dir) is None:
-        longest = (
-            recipe.data.max_length
-            if data.train is None
-            else max(s.longest for s in (data.train, data.eval) if s is not None)
-        )
+    plan = memory.stored(run_dir)
+    if workers.is_first and plan is not None and memory.was_killed(run_dir):
+        share = -(-recipe.optim.global_batch_size // workers.size)
+        plan = memory.shrink(run_dir, plan, longest_tokens=longest, most_tokens=share * longest)
+        if events is not None:
+            events.write(
+                "warning",
+                message="a worker was killed for memory: from here on micro-batches have up to "
+                f"{plan.micro_batch_tokens} tokens, with the same global batch",
+            )
+    elif workers.is_first and plan is None:
         plan = memory.decide(
             recipe,
             base,
@@ -293,8 +346,8 @@ def _agree_on_memory(
             workers_here=workers_here,
         )
         memory.store(run_dir, plan)
-        if mirror is not None:
-            mirror.push(memory.PLAN)
+    if mirror is not None and workers.is_first:
+        mirror.push(memory.PLAN)
     workers.wait()
     if mirror is not None and not workers.is_first:
         mirror.pull(memory.PLAN)
@@ -328,12 +381,12 @@ def peak_rss_bytes() -> int:
 def ray_worker(spec: dict[str, Any]) -> None:
     """The train function of TorchTrainer: find out who we are, then `run`.
 
-    An error that a retry cannot mend is left in the run's events, and the worker ends normally,
-    so that Ray does not spend its restarts on it; leaving the process group frees the others.
+    A LorayError ends the run: see `training.failures`.
     """
     import ray.train
     import ray.train.torch
-    import torch.distributed as dist
+
+    from training import notice
 
     context = ray.train.get_context()
     workers = Workers(rank=context.get_world_rank(), size=context.get_world_size())
@@ -343,34 +396,16 @@ def ray_worker(spec: dict[str, Any]) -> None:
     mirror = Mirror.of(recipe)
     run_dir = Path(spec["run_dir"]) if mirror is None else mirror.run_dir
     storage.make_directory(run_dir)
-    try:
-        run(
-            recipe,
-            run_dir,
-            workers=workers,
-            device=device,
-            workers_here=context.get_local_world_size(),
-            seen=dataset.Seen(**spec["seen"]),
-            is_held=spec["is_held"],
-        )
-    except LorayError as error:
-        name = f"failure-{workers.rank}.json"
-        storage.write_file(run_dir / name, failure_record(error))
-        if mirror is not None:
-            with suppress(StorageError):  # which then is the reason; this machine knows it
-                mirror.push(name)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except RuntimeError:
-        if mirror is not None:
-            mirror.collect_failures()
-        if not list(run_dir.glob("failure-*.json")):  # another worker has said why
-            raise
-
-
-def failure_record(error: LorayError) -> bytes:
-    """An error as the driver reads it back."""
-    return json.dumps({"kind": type(error).__name__, "message": str(error)}).encode()
+    run(
+        recipe,
+        run_dir,
+        workers=workers,
+        device=device,
+        workers_here=context.get_local_world_size(),
+        seen=dataset.Seen(**spec["seen"]),
+        is_held=spec["is_held"],
+        is_told_to_end=notice.has_come,
+    )
 
 
 def with_absolute_paths(recipe: TrainRecipe) -> TrainRecipe:

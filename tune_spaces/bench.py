@@ -200,7 +200,9 @@ class Bench:
         started = self.clock()
         try:
             seat.turn(self.trunk, [(place.seat, piece) for place, piece in pieces])
-        except (torch.OutOfMemoryError, MemoryError):
+        except (MemoryError, RuntimeError) as error:
+            if not memory.is_short(error):
+                raise
             self._shed([place for place, _ in pieces])
             return 0
         for place, _ in pieces:
