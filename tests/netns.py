@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -58,7 +58,7 @@ class Host:
         """Run `python -m WORDS` there; what it says is appended to `<directory>/<log>`."""
         environment = {n: v for n, v in os.environ.items() if not n.startswith("RAY_")}
         environment |= {
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
             "PYTHONWARNINGS": "ignore",
             "GLOO_SOCKET_IFNAME": "eth0",
             "RAY_AUTH_MODE": "token",
@@ -198,20 +198,25 @@ def network(*names: str, slow: Sequence[str] = ()) -> Iterator[dict[str, Host]]:
 
 
 def start_node(
-    host: Host, *, head: Host | None = None, num_cpus: int = 1, **options: str
+    host: Host,
+    *,
+    head: Host | None = None,
+    num_cpus: int = 1,
+    extra: Mapping[str, str] | None = None,
+    **options: str,
 ) -> "subprocess.Popen[str]":
     """Run `loray node start` there, with a store of 100 MB; joins `head`, or is it."""
     words = ["loray", "node", "start", f"--num-cpus={num_cpus}", f"--host={host.ip}"]
     words += [f"--temp-dir={host.directory / 'ray'}", "--object-store-bytes=104857600"]
     words += [f"--address={head.ip}:{PORT}"] if head else ["--head"]
     words += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    return host.start(words)
+    return host.start(words, extra)
 
 
-def wait_for(condition: "object", timeout_s: float, what: str) -> float:
+def wait_for(condition: Callable[[], object], timeout_s: float, what: str) -> float:
     """Seconds until the condition held."""
     started = time.monotonic()
-    while not condition():  # pyright: ignore[reportCallIssue]
+    while not condition():
         assert time.monotonic() - started < timeout_s, f"{what}: not within {timeout_s:.0f} s"
         time.sleep(0.1)
     return time.monotonic() - started

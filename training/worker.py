@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 
 from cluster import __version__, config, ownership, storage
-from cluster.errors import DataError, LorayError, ResourceError
+from cluster.errors import DataError, FencedError, LorayError, ResourceError
 from training import checkpoint, dataset, loop, memory, model, objective, special_ids
 from training.checkpoint import State
 from training.config import TrainRecipe
@@ -50,6 +50,8 @@ def run(
     events = EventLog(run_dir / "events.jsonl") if workers.is_first else None
     try:
         _run(recipe, run_dir, workers, device, workers_here, data_fingerprint, events, is_held)
+    except FencedError:
+        raise  # the run has not failed: it goes on elsewhere, and its story is told there
     except LorayError as error:
         if events is not None:
             events.write("failed", sync=True, code=error.code, message=str(error))
@@ -282,6 +284,10 @@ def ray_worker(spec: dict[str, Any]) -> None:
             data_fingerprint=spec["data_fingerprint"],
             is_held=spec["is_held"],
         )
+    except FencedError as error:
+        log.warning("run=%s attempt=superseded reason=%s", run_dir, error)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except LorayError as error:
         storage.write_file(run_dir / f"failure-{workers.rank}.json", failure_record(error))
         if dist.is_initialized():
