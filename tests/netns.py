@@ -248,13 +248,13 @@ def _open_tap(name: str) -> int:
 def _end_processes(hosts: Mapping[str, Host]) -> None:
     """Ask what was started to end; kill what is left in the namespaces."""
     running = [process for host in hosts.values() for process in host.running]
-    for process in running:
-        if process.poll() is None:
-            process.terminate()
     deadline = time.monotonic() + _STOP_S
-    for process in running:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, deadline - time.monotonic()))
+    for patience_s in (1.0, _STOP_S):  # asked twice, a node does not wait for its work
+        for process in running:
+            process.terminate()
+        for process in running:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(min(patience_s, max(0.0, deadline - time.monotonic())))
     for host in hosts.values():
         with suppress(subprocess.CalledProcessError):
             for pid in host.pids():
