@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import requests
 from local_cluster import free_port
 from processes import wait_until
 
@@ -135,6 +136,12 @@ def offspring_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
         return []
 
 
+def port_of(process: "subprocess.Popen[str]", name: str) -> int:
+    words = process.args
+    assert isinstance(words, list)
+    return next(int(w.partition("=")[2]) for w in map(str, words) if w.startswith(f"--{name}="))
+
+
 def wait_until_up(process: "subprocess.Popen[str]", log: Path, times: int) -> None:
     wait_until(lambda: log.read_text().count("event=node_up") >= times, process)
 
@@ -168,10 +175,23 @@ def test_a_node_whose_raylet_is_killed_comes_back_and_ends_without_a_trace(
 @pytest.mark.ray
 @pytest.mark.chaos
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children follow on Linux only")
-def test_a_node_ends_with_a_supervisor_that_is_killed(
+def test_a_head_asks_for_its_token_and_ends_with_a_supervisor_that_is_killed(
     head: "subprocess.Popen[str]", tmp_path: Path
 ) -> None:
     wait_until_up(head, tmp_path / "log", 1)
+    address = f"127.0.0.1:{port_of(head, 'port')}"
+    jobs = f"http://127.0.0.1:{port_of(head, 'dashboard-port')}/api/jobs/"
+    token = (tmp_path / "token").read_text()
+    assert requests.get(jobs, timeout=30).status_code == 401
+    headers = {"Authorization": f"Bearer {token}"}
+    assert requests.get(jobs, headers=headers, timeout=30).json() == []
+    code = "import sys; from cluster import members; print(members.ask(sys.argv[1], timeout_s=9))"
+    for known, answer in (("0" * 64, "UNAUTHENTICATED"), (token, "is_alive=True")):
+        environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": known}
+        environment["PYTHONPATH"] = str(Path(loray.__file__).parent)
+        words = [sys.executable, "-c", code, address]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+        assert answer in done.stdout + done.stderr
     before = offspring_of(head)
     head.kill()
     assert psutil.wait_procs(before, timeout=30)[1] == []
