@@ -58,16 +58,18 @@ class Host:
         """Run `python -m WORDS` there; what it says is appended to `<directory>/<log>`."""
         environment = {n: v for n, v in os.environ.items() if not n.startswith("RAY_")}
         environment |= {
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "RAY_AUTH_MODE": "token",
             "PYTHONWARNINGS": "ignore",
             "GLOO_SOCKET_IFNAME": "eth0",
-            "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.directory.parent / "token"),
             **(extra or {}),
         }
+        paths = [(extra or {}).get("PYTHONPATH", ""), str(ROOT), str(ROOT / "tests")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         with (self.directory / log).open("a") as output:
+            module = [sys.executable, "-m", "own_processes", *words]
             process = subprocess.Popen(
-                ["ip", "netns", "exec", self.space, sys.executable, "-m", *words],
+                ["ip", "netns", "exec", self.space, *module],
                 env=environment,
                 cwd=self.directory,
                 text=True,
