@@ -51,7 +51,8 @@ class Cluster:
         self.head.start(["watch_members", self.address], log="members")
         for node in self.nodes:
             start_node(node, head=self.head, extra=extra)
-        wait_for(lambda: all(self.num_alive(node) == 1 for node in self.nodes), 60, "nodes up")
+        for node in self.nodes:
+            self.until_back(node, starts=1)
 
     def _start_redis(self) -> str:
         """On the head's machine, where it survives the head; its address."""
@@ -87,10 +88,6 @@ class Cluster:
             self.num_starts(node) >= starts and self.num_alive(node) == 1
         )
         return wait_for(is_back, BACK_S, f"{node.name} is back")
-
-    def until_over(self, node: Host, *, starts: int) -> float:
-        """Seconds until it is clear whether a node was lost, and if so until it is back."""
-        return self.until_back(node, starts=starts if self.num_alive(node) == 0 else 1)
 
     def train(self, recipe: TrainRecipe, *, on: Host, log: str) -> "subprocess.Popen[str]":
         """`python -m training` of a recipe on this cluster, its driver on a node."""
