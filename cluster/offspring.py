@@ -37,6 +37,11 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+def ended_with_parent(words: Sequence[str]) -> list[str]:
+    """The command whose process gets SIGTERM when this one ends; its program by its whole path."""
+    return [sys.executable, "-S", "-E", "-c", _DIE_WITH_PARENT, str(os.getpid()), *words]
+
+
 def start(
     words: Sequence[str], env: Mapping[str, str], output: IO[bytes]
 ) -> "subprocess.Popen[bytes]":
@@ -44,9 +49,8 @@ def start(
 
     It has a process group of its own, so that Ctrl-C reaches this process alone.
     """
-    wrapper = [sys.executable, "-S", "-E", "-c", _DIE_WITH_PARENT, str(os.getpid())]
     return subprocess.Popen(  # noqa: S603  (words of our own)
-        [*wrapper, *words],
+        ended_with_parent(words),
         env=dict(env),
         stdin=subprocess.DEVNULL,
         stdout=output,

@@ -17,7 +17,7 @@ import yaml
 from netns import PORT, Host, network, start_node, wait_for
 from runs import events_of, make_recipe, run_dir_of
 
-from cluster import config
+from cluster import config, offspring
 from training.config import TrainRecipe
 
 long = pytest.mark.skipif(
@@ -57,7 +57,9 @@ class Cluster:
     def _start_redis(self) -> str:
         """On the head's machine, where it survives the head; its address."""
         words = ["redis-server", "--port", str(REDIS_PORT), "--bind", self.head.ip, "--save", ""]
-        words = ["ip", "netns", "exec", self.head.space, *words, "--protected-mode", "no"]
+        ip = shutil.which("ip") or "ip"
+        words = [ip, "netns", "exec", self.head.space, *words, "--protected-mode", "no"]
+        words = offspring.ended_with_parent(words)
         with (self.head.directory / "redis").open("w") as log:
             server = subprocess.Popen(words, cwd=self.head.directory, stdout=log, text=True)
         self.head.running.append(server)

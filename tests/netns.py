@@ -28,6 +28,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster import offspring
+
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 6379
 _PREFIX = "lr"
@@ -68,8 +70,9 @@ class Host:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         with (self.directory / log).open("a") as output:
             module = [sys.executable, "-m", "own_processes", *words]
+            ip = shutil.which("ip") or "ip"
             process = subprocess.Popen(
-                ["ip", "netns", "exec", self.space, *module],
+                offspring.ended_with_parent([ip, "netns", "exec", self.space, *module]),
                 env=environment,
                 cwd=self.directory,
                 text=True,
@@ -169,7 +172,7 @@ def network(*names: str, slow: Sequence[str] = ()) -> Iterator[dict[str, Host]]:
         pytest.skip(reason)
     _remove_stale()
     prefix = f"{_PREFIX}{os.getpid()}"
-    directory = Path(tempfile.mkdtemp(prefix="lr-", dir="/tmp"))
+    directory = Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir="/tmp"))
     switch = f"{prefix}-switch"
     hosts: dict[str, Host] = {}
     try:
@@ -267,11 +270,18 @@ def _end_processes(hosts: Mapping[str, Host]) -> None:
 
 
 def _remove_stale() -> None:
-    """Namespaces of test processes that were killed."""
+    """Namespaces and files of test processes that were killed."""
+
+    def is_stale(name: str) -> bool:
+        owner = name.removeprefix(_PREFIX).partition("-")[0]
+        return name.startswith(_PREFIX) and owner.isdigit() and not psutil.pid_exists(int(owner))
+
+    for path in Path("/tmp").glob(f"{_PREFIX}*"):
+        if is_stale(path.name):
+            shutil.rmtree(path, ignore_errors=True)
     for line in _ip("netns", "list").splitlines():
         space = line.split()[0]
-        owner = space.removeprefix(_PREFIX).partition("-")[0]
-        if space.startswith(_PREFIX) and owner.isdigit() and not psutil.pid_exists(int(owner)):
+        if is_stale(space):
             for pid in _ip("netns", "pids", space).split():
                 with suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
