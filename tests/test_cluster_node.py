@@ -14,6 +14,7 @@ import psutil
 import pytest
 import requests
 from local_cluster import free_port
+from machines import long
 from processes import wait_until
 
 import loray
@@ -149,13 +150,22 @@ def wait_until_up(process: "subprocess.Popen[str]", log: Path, times: int) -> No
 @pytest.mark.ray
 @pytest.mark.chaos
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds orphans on Linux only")
-def test_a_node_whose_raylet_is_killed_comes_back_and_ends_without_a_trace(
-    head: "subprocess.Popen[str]", tmp_path: Path
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGTERM, marks=long),  # after which `ray start` goes on without it
+        pytest.param(signal.SIGSTOP, marks=long),  # it hangs, and the head declares it dead
+    ],
+)
+def test_a_node_whose_raylet_is_lost_comes_back_and_ends_without_a_trace(
+    head: "subprocess.Popen[str]", tmp_path: Path, number: signal.Signals
 ) -> None:
     log = tmp_path / "log"
     wait_until_up(head, log, 1)
     before = offspring_of(head)
-    next(process for process in before if process.name() == "raylet").kill()
+    raylet = next(process for process in before if process.name() == "raylet")
+    raylet.send_signal(number)
     killed = time.monotonic()
     wait_until_up(head, log, 2)
     assert time.monotonic() - killed < 60
