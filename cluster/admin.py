@@ -102,7 +102,7 @@ def check_cluster(address: str | None, storage: Path | None) -> bool:
 
 _COLUMNS = (
     "node", "python, ray, torch", "clock s", "ms", "Mbit/s to, from", "storage", "GPUs Ray, torch",
-    "open files", "shared memory", "memory free", "disk free", "token", "ports open to all",
+    "open files", "shared memory", "memory free", "disk free", "token", "open ports",
 )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def _row(visit: "Visit") -> list[str]:
         _gib(facts.free_memory_bytes),
         _gib(facts.free_disk_bytes),
         "yes" if facts.has_token else "no",
-        " ".join(facts.open_to_all),
+        str(len(facts.open_to_all)),
     ]
 
 

@@ -123,6 +123,7 @@ def measured(**figures: float) -> None:
 
 
 def long_recipe(directory: Path, base: Path, *, workers: int, steps: int) -> TrainRecipe:
+    directory.mkdir(exist_ok=True)
     optim = {"learning_rate": 1e-3, "max_steps": steps, "global_batch_size": 4}
     return make_recipe(
         directory,
