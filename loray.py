@@ -10,9 +10,11 @@ import typer
 from rich.console import Console
 
 from cluster import __version__, command, config
+from cluster import admin as cluster_admin
+from cluster.remote import is_url
 from serving import admin
 from serving.__main__ import serve
-from training.__main__ import Overrides, Recipe, train
+from training.__main__ import Overrides, train
 from training.config import TrainRecipe
 from tune_spaces.__main__ import search
 
@@ -25,6 +27,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(search)
 app.command()(serve)
+app.add_typer(cluster_admin.node, name="node")
 app.add_typer(admin.adapters, name="adapters")
 app.add_typer(admin.keys, name="keys")
 
@@ -34,11 +37,36 @@ Base = Annotated[str | None, typer.Option(help="Base model; default: the one it 
 
 
 @app.command()
-def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Check a recipe and its data without training, and show one example as it is learned."""
+def doctor(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe, YAML or JSON.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    whole_cluster: Annotated[
+        bool, typer.Option("--cluster", help="Check every node of a cluster, too.")
+    ] = False,
+    address: Annotated[str | None, typer.Option(help="Ray cluster: host:port or auto.")] = None,
+    storage: Annotated[
+        Path | None, typer.Option(help="Directory that all nodes share; default: the recipe's.")
+    ] = None,
+) -> None:
+    """Check a recipe and its data without training, or the nodes of a cluster; or both."""
+    if recipe is None and not whole_cluster:
+        raise typer.BadParameter("name a recipe, or give --cluster")
+    if not whole_cluster and (address is not None or storage is not None):
+        raise typer.BadParameter("--address and --storage go with --cluster")
+    if recipe is not None:
+        chosen = config.load(TrainRecipe, recipe, overrides or ())
+        _inspect(chosen)
+        if storage is None and not is_url(chosen.storage):
+            storage = Path(chosen.storage)
+    if whole_cluster and not cluster_admin.check_cluster(address, storage):
+        raise typer.Exit(1)
+
+
+def _inspect(chosen: TrainRecipe) -> None:
     from training import mirror, run, strategy, view
 
-    chosen = config.load(TrainRecipe, recipe, overrides or ())
     store = mirror.Mirror.of(chosen)
     if store is not None:
         store.check()

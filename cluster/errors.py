@@ -57,6 +57,13 @@ class StorageError(LorayError, OSError):
     status = 500
 
 
+class FencedError(LorayError, PermissionError):
+    """An attempt of a run that a newer one has superseded wants to write: it should just end."""
+
+    code = "attempt_superseded"
+    status = 409
+
+
 class RunInUseError(LorayError, RuntimeError):
     """The run directory belongs to another run that is still alive."""
 

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeAlias, cast
 
-from cluster.errors import ConfigError, LorayError, ResourceError, StorageError
+from cluster.errors import ConfigError, FencedError, LorayError, ResourceError, StorageError
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 """What `manifest.json` can hold."""
@@ -73,11 +73,11 @@ def commit(
 ) -> Manifest:
     """Create directory `final` in one step out of what `write(directory)` puts into it.
 
-    `attempt` tells concurrent writers apart; `is_fenced` is asked last and stops the commit when
+    `attempt` tells concurrent writers apart; `is_fenced` is asked last, and FencedError raised when
     true. With `replace`, an existing `final` is moved to `.old-<name>` just before the rename and
     removed after it; a crash between the two leaves `.old-<name>`, which `clean_leftovers` puts
-    back. Raises StorageError where `final` exists and replace is false, where the attempt is
-    fenced off, on a full disk and on any other I/O error; whatever `write` raises besides comes
+    back. Raises StorageError where `final` exists and replace is false,
+    on a full disk and on any other I/O error; whatever `write` raises besides comes
     through. The temporary directory is gone in every one of these cases.
     """
     assert attempt.replace("-", "").isalnum(), f"attempt {attempt!r}"
@@ -96,7 +96,7 @@ def commit(
         write(temporary)
         manifest = _seal(temporary, entries)
         if is_fenced is not None and is_fenced():
-            raise StorageError(
+            raise FencedError(
                 f"{final} was not committed: attempt {attempt} has been superseded by a newer "
                 "attempt of the same run, which goes on in its place. Nothing to do here"
             )

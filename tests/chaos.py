@@ -1,4 +1,4 @@
-"""What tests that break things share: how long they may take, small disks, what must not be left.
+"""What tests that break things share: how often they try, small disks, what must not be left.
 
 `LORAY_CHAOS=full` has every fault tried as often as RELIABILITY.md says (about an hour); without it
 each is tried a few times.
@@ -16,6 +16,8 @@ import psutil
 import pytest
 
 IS_FULL = os.environ.get("LORAY_CHAOS") == "full"
+full = pytest.mark.skipif(not IS_FULL, reason="takes minutes; LORAY_CHAOS=full runs it")
+"""Marks a test that runs with LORAY_CHAOS=full only."""
 _MARK = "LORAY_CHAOS_MARK"
 _END_S = 30.0
 

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 
 from cluster import remote, storage
-from cluster.errors import ConfigError, ResourceError, StorageError
+from cluster.errors import ConfigError, FencedError, ResourceError, StorageError
 from cluster.remote import Remote
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def test_a_fenced_attempt_never_publishes_its_marker(
         asked.append(None)
         return len(asked) > num_questions
 
-    with pytest.raises(StorageError, match="superseded by a newer attempt"):
+    with pytest.raises(FencedError, match="superseded by a newer attempt"):
         Remote(URL).publish(make_directory(tmp_path / "step"), "step", is_fenced=is_fenced)
     assert "runs/one/step/manifest.json" not in s3.objects()
     assert len([key for key in s3.puts() if "/step/" in key]) <= max(0, num_questions - 1)

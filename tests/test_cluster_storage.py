@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from cluster import ownership, storage
-from cluster.errors import ConfigError, ResourceError, RunInUseError, StorageError
+from cluster.errors import ConfigError, FencedError, ResourceError, RunInUseError, StorageError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -74,7 +74,7 @@ def test_commit_replaces_when_told_to(committed: Path) -> None:
 
 def test_failed_replacement_keeps_the_old_directory(committed: Path) -> None:
     before = storage.verify(committed)
-    with pytest.raises(StorageError, match="superseded"):
+    with pytest.raises(FencedError, match="superseded"):
         _commit(committed, replace=True, is_fenced=lambda: True)
     assert storage.verify(committed) == before
 
@@ -100,7 +100,7 @@ def test_fenced_attempt_never_commits(committed: Path) -> None:
     def is_fenced() -> bool:
         return not ownership.is_current_attempt(run, old)
 
-    with pytest.raises(StorageError, match="attempt 1 has been superseded"):
+    with pytest.raises(FencedError, match="attempt 1 has been superseded"):
         _commit(run / "step-2", is_fenced=is_fenced)
     assert not (run / "step-2").exists()
     assert not list(run.glob(".tmp-*"))

@@ -126,7 +126,7 @@ def hit(victim: psutil.Process, number: signal.Signals) -> float:
     return time.monotonic() - sent
 
 
-@pytest.mark.skipif(not chaos.IS_FULL, reason="LORAY_CHAOS=full")
+@chaos.full
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_workers_killed_or_stopped_at_random_steps_cost_at_most_one_interval(
@@ -283,7 +283,7 @@ def test_a_disk_that_fills_up_ends_the_run_once_and_it_goes_on_when_there_is_roo
         assert adapter_bytes(recipe) == whole
 
 
-@pytest.mark.skipif(not chaos.IS_FULL, reason="LORAY_CHAOS=full")
+@chaos.full
 @pytest.mark.timeout(900)
 def test_workers_that_ray_kills_for_memory_end_with_an_error_that_says_so(
     tmp_path: Path, tiny_base: Path

@@ -630,7 +630,7 @@ def memory_group() -> Any:
     group.rmdir()
 
 
-@pytest.mark.skipif(not chaos.IS_FULL, reason="LORAY_CHAOS=full")
+@chaos.full
 @pytest.mark.timeout(900)
 def test_a_worker_that_the_kernel_kills_for_memory_comes_through_with_smaller_micro_batches(
     tmp_path: Path, tiny_base: Path, memory_group: Path

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tiny import ARCHITECTURES, make_base
 
 from cluster import ownership, storage
-from cluster.errors import ConfigError, StorageError, TrainingError
+from cluster.errors import ConfigError, FencedError, StorageError, TrainingError
 from training import checkpoint, loop, optimizer, seat
 from training.config import EvaluationConfig, TrainRecipe
 
@@ -379,9 +379,30 @@ def test_an_old_attempt_cannot_commit(tmp_path: Path, tiny_base: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "save", superseded)
-        with pytest.raises(StorageError, match="superseded"):
+        with pytest.raises(FencedError, match="superseded"):
             train(recipe)
     assert checkpoint.find_latest_valid(run_dir) is None
+
+
+def test_an_old_attempt_that_finds_its_checkpoint_committed_ends_too(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_base, checkpoint={"every_steps": 2, "keep": 9})
+    train(recipe)
+    run_dir = run_dir_of(recipe)
+    kept = sorted((run_dir / "checkpoints").iterdir())
+    real = checkpoint.find_latest_valid
+
+    def overtaken(*args: object, **kwargs: object) -> None:
+        ownership.next_attempt(run_dir)  # which is ahead of this one already
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "find_latest_valid", overtaken)
+        with pytest.raises(FencedError, match="superseded"):
+            train(recipe)
+    assert sorted((run_dir / "checkpoints").iterdir()) == kept
+    assert real(run_dir) == kept[-1]
+    assert events_of(recipe, "failed") == []
 
 
 def test_an_adapter_of_zeros_is_not_committed(tmp_path: Path, tiny_base: Path) -> None:

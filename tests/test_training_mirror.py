@@ -10,7 +10,7 @@ import pytest
 from processes import wait_until
 
 from cluster import ownership, storage
-from cluster.errors import StorageError
+from cluster.errors import FencedError, StorageError
 from training import checkpoint, segments
 from training.events import EventLog
 from training.mirror import STOP, Mirror
@@ -190,10 +190,10 @@ def test_a_fenced_attempt_publishes_nothing_and_removes_nothing(
             save(old, step, begin(old) if step == 1 else 1)
         assert begin(new) == 2
         before = s3.objects("runs/one/checkpoints")
-        with pytest.raises(StorageError, match="superseded by a newer attempt"):
+        with pytest.raises(FencedError, match="superseded by a newer attempt"):
             save(old, 3, 1)
         storage.commit(old.run_dir / "adapter", lambda path: None, attempt="1")
-        with pytest.raises(StorageError, match="superseded"):
+        with pytest.raises(FencedError, match="superseded"):
             old.publish_adapter()
         assert s3.objects("runs/one/checkpoints") == before
         assert not s3.objects("runs/one/adapter")

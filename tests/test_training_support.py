@@ -1,10 +1,10 @@
 """The support matrix is true: what it allows trains, what it refuses is refused by name."""
 
 import itertools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import chaos
 import pytest
 from gang import Gang, gang
 from runs import events_of, make_recipe, run_dir_of, run_here, write_rows
@@ -14,7 +14,6 @@ from cluster.errors import ConfigError
 from training import strategy
 from training.config import TrainRecipe
 
-IS_FULL = os.environ.get("LORAY_CHAOS") == "full"
 CELLS = list(strategy.combinations())
 PAIRS = list(itertools.product(*(strategy.AXES[name] for name in list(strategy.AXES)[:2])))
 
@@ -48,7 +47,7 @@ def is_due(settings: dict[str, str]) -> bool:
     places = [values.index(settings[name]) for name, values in strategy.AXES.items()][2:]
     precision, checkpointing, packing, variant = places
     number = 3 * precision + variant
-    return IS_FULL or (checkpointing, packing) == (number % 2, number // 2 % 2)
+    return chaos.IS_FULL or (checkpointing, packing) == (number % 2, number // 2 % 2)
 
 
 def test_the_matrix_has_every_combination_once() -> None:

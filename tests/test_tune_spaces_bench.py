@@ -12,7 +12,7 @@ from runs import adapter_bytes, events_of, make_recipe, run_dir_of, train
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from cluster.errors import ConfigError, StorageError
+from cluster.errors import ConfigError, FencedError
 from training import checkpoint
 from training.config import TrainRecipe
 from training.seat import Seat
@@ -271,7 +271,7 @@ def test_leaving_and_joining_another_bench_is_bitwise_staying(
     first.save("moved")
     second = make_bench(tmp_path / "two", moved)
     assert join(second, moved) == reached
-    with pytest.raises(StorageError, match="superseded"):
+    with pytest.raises(FencedError, match="superseded"):
         first.export("moved")
     second.ask("moved", supervised_tokens=ALL_TOKENS)
     while second.has_work:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cluster import ownership, storage
-from cluster.errors import AdapterError, StorageError
+from cluster.errors import AdapterError, FencedError, StorageError
 from training.model import ADAPTER
 from training.optimizer import Packed
 
@@ -70,11 +70,16 @@ def save(
 ) -> Path:
     """Commit a checkpoint of `state.step`; nothing is there until all of it is on disk.
 
-    Raises StorageError on a full disk or where a newer attempt owns the run, AdapterError where
-    what was written does not read back as a usable adapter.
+    Raises StorageError on a full disk, FencedError where a newer attempt owns the run, AdapterError
+    where what was written does not read back as a usable adapter.
     """
     final = directory(run_dir, state.step)
     if final.exists():  # a broken one would have been quarantined, so it is this very step
+        if not ownership.is_current_attempt(run_dir, attempt):
+            raise FencedError(
+                f"{final} is there already: attempt {attempt} has been superseded by a newer "
+                "attempt of the same run, which goes on in its place. Nothing to do here"
+            )
         return final
 
     def write(temporary: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 
 from cluster import __version__, config, ownership, storage
-from cluster.errors import DataError, LorayError, ResourceError, StorageError
+from cluster.errors import DataError, FencedError, LorayError, ResourceError, StorageError
 from cluster.remote import is_url
 from training import (
     checkpoint,
@@ -78,6 +78,8 @@ def run(
             is_held,
             is_told_to_end,
         )
+    except FencedError:
+        raise  # the run has not failed: it goes on elsewhere, and its story is told there
     except LorayError as error:
         if events is not None:
             with suppress(StorageError):  # a full disk has no room for saying so

@@ -267,8 +267,8 @@ class Bench:
     def save(self, trial: str, *, best_step: int | None = None) -> Path:
         """Commit a checkpoint of the trial's last whole step; the directory.
 
-        The one of `best_step` is kept beside the newest. Raises StorageError on a full disk, or
-        where a newer seat of the trial exists.
+        The one of `best_step` is kept beside the newest. Raises StorageError on a full disk,
+        FencedError where a newer seat of the trial exists.
         """
         place = self._places[trial]
         path = checkpoint.save(
