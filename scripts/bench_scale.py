@@ -9,9 +9,9 @@ number of workers. Contenders take turns `repeats` times, the median counts. Of 
 all-reduce, the transfer is what the last worker to come spends there; the rest waits for it.
 links: bytes that a worker sends in a step, from the counters of its own network card in a network
 namespace, beside those of the paper. Linux and root.
-paper: a ring all-reduce of fp32 gradients, one for a step, which waits for the backward pass. The
-number of workers from which on efficiency is under 90 %. A worker is what has a link of its own.
-`tflops` is an assumption: what a worker does of its peak.
+paper: a ring all-reduce of fp32 gradients (DDP), one for a step, which waits for the backward pass.
+The number of workers from which on efficiency is under 90 %. A worker has its own link. What it
+computes, `tflops`, is assumed.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -291,8 +292,7 @@ def median(turns: Sequence[Turn], name: str) -> float:
 
 def links() -> list[dict[str, Any]]:
     """Train with each worker in a network namespace of its own; print and return the bytes."""
-    from netns import network
-
+    network: Any = import_module("netns").network
     found = []
     for size, strategy, rank in (
         (2, "ddp", 8),
@@ -313,7 +313,7 @@ def links() -> list[dict[str, Any]]:
                 for exchanges in exchanges_of(directory, size, steps)
             ]
             parameters = started_with(directory)
-        expected = bytes_per_step(parameters, size)
+        expected = bytes_per_step(parameters, size, is_shared=strategy != "ddp")
         found.append(
             {
                 "workers": size,
@@ -343,9 +343,12 @@ def started_with(directory: Path) -> int:
 # On paper
 
 
-def bytes_per_step(parameters: float, workers: int) -> float:
-    """What a worker sends, and receives, of an adapter's fp32 gradients in a ring all-reduce."""
-    return 2 * (workers - 1) / workers * 4 * parameters
+def bytes_per_step(parameters: float, workers: int, *, is_shared: bool = False) -> float:
+    """What a worker sends, and receives, of an adapter's fp32 gradients in a ring all-reduce.
+
+    is_shared: under ZeRO-1 and 2 its parameters, too, which each worker steps a share of.
+    """
+    return (3 if is_shared else 2) * (workers - 1) / workers * 4 * parameters
 
 
 def efficiency(
