@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,30 @@ from runs import events_of, make_recipe, run_dir_of, train
 
 from cluster import config
 from cluster.errors import ConfigError
-from training import loop
+from training import loop, sampler
 from training.config import ScaleConfig, TrainRecipe
+
+_NOTES_IDS = """
+import builtins, json, os, sys
+real_import = builtins.__import__
+def hooked(name, *args, **kwargs):
+    module = real_import(name, *args, **kwargs)
+    seat = sys.modules.get("training.seat")
+    if seat is not None and hasattr(seat, "Seat"):
+        builtins.__import__ = real_import
+        real = seat.Seat.start_step
+        def start_step(self):
+            real(self)
+            whole = self.pending[0].keys if self.pending else []  # each piece has those of all
+            ids = [number for _, _, number in whole]
+            note = [self.state.step, self.workers.rank, self.workers.size, ids]
+            with open(f"{os.environ['IDS']}/{os.getpid()}", "a") as file:
+                file.write(json.dumps(note) + "\\n")
+        seat.Seat.start_step = start_step
+    return module
+builtins.__import__ = hooked
+"""
+"""sitecustomize of all workers: of each step, which examples each worker takes."""
 
 
 @pytest.mark.parametrize("workers", [0, 5000, [2], [3, 2], [2, 2], [0, 2], [1, 2, 3], []])
@@ -31,8 +54,14 @@ def test_the_most_workers_must_each_have_an_example(tmp_path: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.chaos
 def test_a_node_that_leaves_and_one_that_joins_change_nothing_that_is_learned(
-    tmp_path: Path, tiny_base: Path
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("ids", "inject"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "inject" / "sitecustomize.py").write_text(_NOTES_IDS)
+    paths = [str(tmp_path / "inject"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("IDS", str(tmp_path / "ids"))
     recipe = make_recipe(
         tmp_path,
         tiny_base,
@@ -65,6 +94,12 @@ def test_a_node_that_leaves_and_one_that_joins_change_nothing_that_is_learned(
     assert status == 130, err  # stopped before its end
     found = last_losses(recipe)
     assert list(found) == list(range(1, len(found) + 1))
+    order = sampler.Order(
+        24, 4, recipe.optim.seed, epochs=recipe.optim.epochs, max_steps=recipe.optim.max_steps
+    )
+    taken = examples_taken(tmp_path / "ids")
+    for step in range(len(found)):  # none is skipped, none comes twice
+        assert sorted(taken[step]) == sorted(order.batch(step)), step
     alone = make_recipe(
         tmp_path,
         tiny_base,
@@ -77,6 +112,21 @@ def test_a_node_that_leaves_and_one_that_joins_change_nothing_that_is_learned(
     for before, after in itertools.pairwise(events_of(recipe, "started")):
         steps = [e for e in events_of(recipe, "step") if before.time_s < e.time_s < after.time_s]
         assert steps[-1].number("step") - after.number("from_step") <= 20  # one checkpoint's worth
+
+
+def examples_taken(directory: Path) -> dict[int, list[int]]:
+    """By step, the examples that all workers of its last attempt took."""
+    files = sorted(directory.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    last: dict[tuple[int, int], tuple[int, list[int]]] = {}
+    for path in files:  # of earlier attempts first: their workers wrote last before
+        for line in path.read_text().splitlines():
+            step, rank, size, ids = json.loads(line)
+            last[step, rank] = size, ids
+    taken: dict[int, list[int]] = {}
+    for step, rank in sorted(last):
+        if rank < last[step, 0][0]:
+            taken.setdefault(step, []).extend(last[step, rank][1])
+    return taken
 
 
 def last_losses(recipe: TrainRecipe) -> dict[int, float]:

@@ -616,14 +616,14 @@ print(train(recipe).kind)
 
 @pytest.fixture
 def memory_group() -> Any:
-    """A cgroup whose processes may have 1.2 GB in all: (its cgroup.procs, a reader of nothing)."""
+    """A cgroup whose processes may have 0.8 GB in all; its cgroup.procs."""
     root = Path("/sys/fs/cgroup")
     version_1 = root / "memory" / "memory.limit_in_bytes"
     group = (root / "memory" if version_1.exists() else root) / f"loray-{os.getpid()}"
     limit = "memory.limit_in_bytes" if version_1.exists() else "memory.max"
     try:
         group.mkdir()
-        (group / limit).write_text(str(1200 << 20))
+        (group / limit).write_text(str(800 << 20))
     except OSError as error:
         pytest.skip(f"no memory cgroup can be made here: {error}")
     yield group / "cgroup.procs"
