@@ -64,6 +64,14 @@ class FencedError(LorayError, PermissionError):
     status = 409
 
 
+def superseded(what: str) -> FencedError:
+    """The error of an attempt that must not write any more; `what` says what it did not do."""
+    return FencedError(
+        f"{what}: this attempt has been superseded by a newer attempt of the same run, which goes "
+        "on in its place. Nothing to do here"
+    )
+
+
 class RunInUseError(LorayError, RuntimeError):
     """The run directory belongs to another run that is still alive."""
 

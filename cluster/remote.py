@@ -31,7 +31,7 @@ from typing import Any
 from filelock import FileLock
 
 from cluster import storage
-from cluster.errors import ConfigError, FencedError, StorageError
+from cluster.errors import ConfigError, StorageError, superseded
 
 _URL = re.compile(r"^[a-z][a-z0-9+.-]*://[^/:]+(/.*)?$")
 _TRIES = 6
@@ -267,10 +267,7 @@ class Remote:
 
     def _refuse_fenced(self, name: str, is_fenced: Callable[[], bool]) -> None:
         if is_fenced():
-            raise FencedError(
-                f"{self.url}/{name} was not committed: this attempt has been superseded by a newer "
-                "attempt of the same run, which goes on in its place. Nothing to do here"
-            )
+            raise superseded(f"{self.url}/{name} was not committed")
 
     def _written(self, name: str) -> datetime | None:
         try:

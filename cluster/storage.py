@@ -28,7 +28,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeAlias, cast
 
-from cluster.errors import ConfigError, FencedError, LorayError, ResourceError, StorageError
+from cluster.errors import (
+    ConfigError,
+    LorayError,
+    ResourceError,
+    StorageError,
+    superseded,
+)
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 """What `manifest.json` can hold."""
@@ -76,9 +82,9 @@ def commit(
     `attempt` tells concurrent writers apart; `is_fenced` is asked last, and FencedError raised when
     true. With `replace`, an existing `final` is moved to `.old-<name>` just before the rename and
     removed after it; a crash between the two leaves `.old-<name>`, which `clean_leftovers` puts
-    back. Raises StorageError where `final` exists and replace is false,
-    on a full disk and on any other I/O error; whatever `write` raises besides comes
-    through. The temporary directory is gone in every one of these cases.
+    back. Raises StorageError where `final` exists and replace is false, on a full disk and on any
+    other I/O error; whatever `write` raises besides comes through. The temporary directory is gone
+    in every one of these cases.
     """
     assert attempt.replace("-", "").isalnum(), f"attempt {attempt!r}"
     entries = dict(info or {})
@@ -96,14 +102,14 @@ def commit(
         write(temporary)
         manifest = _seal(temporary, entries)
         if is_fenced is not None and is_fenced():
-            raise FencedError(
-                f"{final} was not committed: attempt {attempt} has been superseded by a newer "
-                "attempt of the same run, which goes on in its place. Nothing to do here"
-            )
+            raise superseded(f"{final} was not committed")
         _publish(temporary, final)
         return manifest
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and is_fenced is not None and is_fenced():
+            # Whoever goes on in its place has cleaned up here.
+            raise superseded(f"{final} was not committed") from error
         if isinstance(error, Exception):
             _raise_explained(error, final)
         raise
@@ -238,8 +244,8 @@ def write_file(path: Path, data: bytes) -> None:
 def clean_leftovers(directory: Path) -> list[Path]:
     """Remove what crashed writers left in a directory, put back what they were replacing.
 
-    Returns the paths that were removed or put back. Call it only as the owner of the run: it
-    would also remove what a live writer is working on.
+    Returns the paths that were removed or put back. Call it only as the owner of the run, or as its
+    newest attempt: it would also remove what a live writer is working on.
     """
     touched: list[Path] = []
     for path in sorted(directory.glob(".tmp-*")):

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -80,5 +80,7 @@ def fill(disk: Path, *, leave: int = 0) -> Path:
     path = disk / "filler"
     size = os.statvfs(disk)
     room = size.f_bavail * size.f_frsize - leave
-    path.write_bytes(bytes(max(0, room)))
+    with suppress(OSError), path.open("wb", buffering=0) as file:  # others may write, too
+        while room > 0:
+            room -= file.write(bytes(min(room, size.f_frsize)))
     return path

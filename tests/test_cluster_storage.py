@@ -91,6 +91,19 @@ def test_exception_in_write_leaves_nothing(committed: Path, error: BaseException
     storage.verify(committed)
 
 
+def test_an_attempt_whose_files_its_successor_has_removed_ends_as_superseded(
+    tmp_path: Path,
+) -> None:
+    def write(directory: Path) -> None:
+        storage.clean_leftovers(tmp_path)  # as the successor does
+        (directory / "weights").write_bytes(b"")
+
+    with pytest.raises(FencedError, match="superseded"):
+        storage.commit(tmp_path / "step-1", write, attempt="1", is_fenced=lambda: True)
+    with pytest.raises(StorageError):
+        storage.commit(tmp_path / "step-1", write, attempt="1", is_fenced=lambda: False)
+
+
 def test_fenced_attempt_never_commits(committed: Path) -> None:
     run = committed.parent
     old = ownership.next_attempt(run)
@@ -100,7 +113,7 @@ def test_fenced_attempt_never_commits(committed: Path) -> None:
     def is_fenced() -> bool:
         return not ownership.is_current_attempt(run, old)
 
-    with pytest.raises(FencedError, match="attempt 1 has been superseded"):
+    with pytest.raises(FencedError, match="has been superseded"):
         _commit(run / "step-2", is_fenced=is_fenced)
     assert not (run / "step-2").exists()
     assert not list(run.glob(".tmp-*"))

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,10 @@ def hit(victim: psutil.Process, number: signal.Signals) -> float:
     sent = time.monotonic()
     os.kill(victim.pid, number)
     deadline = sent + 120
-    while victim.is_running() and victim.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, f"{victim} outlives {number.name}"
-        time.sleep(0.1)
+    with suppress(psutil.NoSuchProcess):
+        while victim.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, f"{victim} outlives {number.name}"
+            time.sleep(0.1)
     return time.monotonic() - sent
 
 

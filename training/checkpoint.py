@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cluster import ownership, storage
-from cluster.errors import AdapterError, FencedError, StorageError
+from cluster.errors import AdapterError, StorageError, superseded
 from training.model import ADAPTER
 from training.optimizer import Packed
 
@@ -76,10 +76,7 @@ def save(
     final = directory(run_dir, state.step)
     if final.exists():  # a broken one would have been quarantined, so it is this very step
         if not ownership.is_current_attempt(run_dir, attempt):
-            raise FencedError(
-                f"{final} is there already: attempt {attempt} has been superseded by a newer "
-                "attempt of the same run, which goes on in its place. Nothing to do here"
-            )
+            raise superseded(f"{final} is there already")
         return final
 
     def write(temporary: Path) -> None:
@@ -271,6 +268,13 @@ def _require_step(path: Path, step: int) -> None:
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))["state"]
     if state["step"] != step:
         raise StorageError(f"{path} holds step {state['step']}: it was moved there from elsewhere")
+
+
+def clean(run_dir: Path) -> None:
+    """Remove what earlier attempts left behind that were killed while they saved."""
+    for place in (run_dir, run_dir / "checkpoints"):
+        if place.is_dir():
+            storage.clean_leftovers(place)
 
 
 def _remove(path: Path) -> None:

@@ -42,7 +42,7 @@ class FailurePolicy(DefaultFailurePolicy):
             return FailureDecision.RETRY
         before, self._num_kills = self._num_kills, memory.num_kernel_kills()
         text = str(training_failed_error)
-        if failures and (self._num_kills > before or _KILLED_BY_RAY in text):
+        if failures and (self._num_kills > before or is_of_low_memory(training_failed_error)):
             memory.note_kill(self._run_dir)
         decision = super().make_decision(training_failed_error)
         log.warning(
@@ -62,6 +62,11 @@ def reason(error: BaseException | None) -> LorayError | None:
         if isinstance(found, LorayError):
             return found
     return None
+
+
+def is_of_low_memory(error: BaseException) -> bool:
+    """Whether Ray killed a worker since its node was low on memory."""
+    return _KILLED_BY_RAY in str(error)
 
 
 def _failures(error: BaseException | None) -> list[Exception]:

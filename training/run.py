@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from cluster import __version__, config, errors, ownership, session, storage
 from cluster.errors import ClusterError, ConfigError, ResourceError
 from cluster.lease import Lease
-from training import dataset, loop, memory, model, sinks, special_ids, strategy, worker
+from training import checkpoint, dataset, loop, memory, model, sinks, special_ids, strategy, worker
 from training.config import ScaleConfig, TrainRecipe
 from training.dataset import Dataset
 from training.events import Event, EventReader
@@ -279,6 +279,12 @@ def _raise_failure(run_dir: Path, place: str, outcome: "Outcome") -> None:
             "lower data.max_length or scale.workers, set memory.gradient_checkpointing: on or "
             f"model.quantization: nf4, or use a larger machine. Checkpoints are kept in {place}"
         )
+    if outcome.error is not None and failures.is_of_low_memory(outcome.error):
+        raise ResourceError(
+            "Ray killed workers before they trained, since their node was low on memory. End what "
+            "else runs there, lower scale.workers or model.base, set model.quantization: nf4, or "
+            f"use a larger machine. Checkpoints are kept in {place}"
+        )
     if outcome.error is not None:
         raise ClusterError(
             f"Ray Train gave up: {str(outcome.error).strip()[-2000:]}\nThe run's checkpoints are "
@@ -287,9 +293,7 @@ def _raise_failure(run_dir: Path, place: str, outcome: "Outcome") -> None:
 
 
 def _clean(run_dir: Path) -> None:
-    for directory in (run_dir, run_dir / "checkpoints"):
-        if directory.is_dir():
-            storage.clean_leftovers(directory)
+    checkpoint.clean(run_dir)
     loop.stop_file(run_dir).unlink(missing_ok=True)
 
 

@@ -192,7 +192,10 @@ def _sharded(
 
 
 def _begin(run_dir: Path, mirror: Mirror | None) -> int:
-    return ownership.next_attempt(run_dir) if mirror is None else mirror.begin()
+    """Fence earlier attempts off, and clean up after one that was killed while it saved."""
+    attempt = ownership.next_attempt(run_dir) if mirror is None else mirror.begin()
+    checkpoint.clean(run_dir)
+    return attempt
 
 
 def provenance(recipe: TrainRecipe, base: Base, data: dataset.Dataset) -> dict[str, Any]:
