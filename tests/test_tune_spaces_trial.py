@@ -56,6 +56,7 @@ class Wire:
         self.end(name)
         with self.turns:
             self.benches[name] = self._start(name)
+            self.benches[name].ready()  # its base is loaded in its own thread
 
     def end(self, name: str) -> None:
         actor = self.benches.pop(name)
