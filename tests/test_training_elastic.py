@@ -53,6 +53,7 @@ def test_the_most_workers_must_each_have_an_example(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.chaos
+@pytest.mark.timeout(600)
 def test_a_node_that_leaves_and_one_that_joins_change_nothing_that_is_learned(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
