@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, Self
 
 import ray
 import ray.exceptions
+from ray._private.state import available_resources_per_node  # Ray 2.60 has no public one
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import config
@@ -340,14 +341,17 @@ class _Place:
 
 def _places() -> list[_Place]:
     """One for each GPU, or for each node where there are none."""
+    available: Any = available_resources_per_node()
     places: list[_Place] = []
     for node in ray.nodes():
         if not node["Alive"]:
             continue
         cpus, gpus = int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0))
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        # Trials are processes too, which ask for a hundredth of a core each.
-        rest = float(cpus - 1) if cpus > 1 else 0.5
+        # What others hold, such as a server, they keep for as long as they like. Trials are
+        # processes too, which ask for a hundredth of a core each.
+        free = int(available.get(node["NodeID"], {}).get("CPU", 0))
+        rest = float(free - 1) if free > 1 else 0.5
         places += [
             _Place(
                 strategy=strategy,
