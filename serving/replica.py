@@ -243,16 +243,19 @@ def open_replica(
 def start(engine: Engine, *, threads: int) -> threading.Thread:
     """Run an engine in a thread of its own, which computes with so many threads."""
     sys.setswitchinterval(_SWITCH_S)
+    is_set = threading.Event()
 
     def run() -> None:
         torch.set_num_threads(threads)
         # A thread takes over the last number that any thread has set when it first asks for its
         # own, which torch (2.13) does in the first product: ask now, before `leave_the_cores`.
         torch.get_num_threads()
+        is_set.set()
         engine.run()
 
     thread = threading.Thread(target=run, name="engine", daemon=True)
     thread.start()
+    is_set.wait()
     return thread
 
 
