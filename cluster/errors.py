@@ -57,6 +57,13 @@ class StorageError(LorayError, OSError):
     status = 500
 
 
+class RegistryError(LorayError, OSError):
+    """The registry's database cannot be reached, is damaged, or is of another version."""
+
+    code = "registry_unavailable"
+    status = 503
+
+
 class FencedError(LorayError, PermissionError):
     """An attempt of a run that a newer one has superseded wants to write: it should just end."""
 
