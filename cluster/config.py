@@ -1,8 +1,9 @@
 """Strict YAML or JSON -> frozen dataclasses; `section.field=value` overrides; JSON Schema.
 
 Sections are frozen keyword-only dataclasses. A field's type is one of: bool, int, float, str,
-None, a Literal, a tuple of those or of sections, a section, or a union. Nothing is coerced silently
-except an int given where a float is asked, and numbers like `3e-4`, which YAML 1.1 reads as text.
+None, a Literal, a tuple of those or of sections, a section or None, or a union. Nothing is coerced
+silently except an int where a float is asked, and numbers like `3e-4`, which YAML 1.1 reads as
+text.
 """
 
 import ast
@@ -122,7 +123,7 @@ def apply_override(cls: type, tree: dict[str, Any], override: str) -> None:
     for section in sections:
         kinds = _hints(here)
         _known(section, list(kinds), f"override {override!r}", "section")
-        here = typing.cast(type, kinds[section])
+        here = typing.cast(type, _section_in(kinds[section]) or kinds[section])
         if not dataclasses.is_dataclass(here):
             raise ConfigError(f"override {override!r}: {section!r} is a field, not a section")
         if not isinstance(node.get(section), dict):
@@ -164,8 +165,11 @@ def _known(key: str, valid: list[str], where: str, noun: str) -> None:
 
 
 def _value(kind: Any, raw: object, where: str, path: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return _section(typing.cast(type, kind), raw, where, f"{path}.")
+    section = _section_in(kind)
+    if section is not None:
+        if raw is None and section is not kind:
+            return None
+        return _section(section, raw, where, f"{path}.")
     if typing.get_origin(kind) is tuple and dataclasses.is_dataclass(typing.get_args(kind)[0]):
         section = typing.cast(type, typing.get_args(kind)[0])
         if not isinstance(raw, list | tuple):
@@ -180,6 +184,11 @@ def _value(kind: Any, raw: object, where: str, path: str) -> Any:
                 raise ConfigError(f"{where}: {path} is {value}; give a finite number")
             return value
     raise ConfigError(f"{where}: {path} is {raw!r}; allowed: {_describe(kind)}")
+
+
+def _section_in(kind: Any) -> type | None:
+    """The section that a field is, or may be beside None."""
+    return next((one for one in _options(kind) if dataclasses.is_dataclass(one)), None)  # pyright: ignore[reportReturnType]
 
 
 def _match(kind: Any, raw: object) -> tuple[bool, Any]:

@@ -70,6 +70,25 @@ def test_missing_sections_and_fields_take_their_defaults(tmp_path: Path) -> None
     assert config.load(Car, _file(tmp_path, "name: a\nengine:\n")) == Car(name="a")
 
 
+def test_a_section_that_may_be_null_is_null_unless_it_is_written(tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Garage:
+        """Perhaps with a car."""
+
+        spare: Engine | None = None
+
+    assert config.build(Garage, {}, where="test") == Garage()
+    assert config.build(Garage, {"spare": None}, where="test") == Garage()
+    assert config.build(Garage, {"spare": {}}, where="test").spare == Engine()
+    loaded = config.load(Garage, _file(tmp_path, "{}"), ["spare.power=3"])
+    assert loaded.spare == Engine(power=3)
+    assert config.build(Garage, config.plain(loaded), where="test") == loaded
+    with pytest.raises(ConfigError, match=r"test: spare: unknown key 'powr'.*'power'"):
+        config.build(Garage, {"spare": {"powr": 1}}, where="test")
+    kinds = config.schema(Garage)["properties"]["spare"]["anyOf"]
+    assert [kind["type"] for kind in kinds] == ["object", "null"]
+
+
 def test_plain_is_the_inverse_of_build() -> None:
     car = Car(name="a", engine=Engine(size=3, seal=0.5), seats=("back",), tags=("x", "y"))
     assert config.build(Car, config.plain(car), where="test") == car
