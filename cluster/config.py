@@ -15,7 +15,7 @@ import math
 import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,9 +34,11 @@ class _Loader(yaml.SafeLoader):
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
+        key = loader.construct_object(key_node, deep=True)
+        line = key_node.start_mark.line + 1
+        if not isinstance(key, Hashable):
+            raise ConfigError(f"a key is {_kind(key)} (line {line}); allowed: a word")
         if key in seen:
-            line = key_node.start_mark.line + 1
             raise ConfigError(f"key {key!r} stands twice (line {line}); keep one of them")
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
@@ -57,14 +59,21 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     try:
-        tree = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader subclass)
+        tree = _parse(text)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML or JSON: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {_kind(tree)}")
     return tree
+
+
+def _parse(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader subclass)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML or JSON: {error}") from None
+    except RecursionError:
+        raise ConfigError("not valid YAML or JSON: it is nested too deeply") from None
 
 
 def load(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
@@ -114,9 +123,9 @@ def apply_override(cls: type, tree: dict[str, Any], override: str) -> None:
     if not equals or not name:
         raise ConfigError(f"override {override!r}: expected section.field=value")
     try:
-        value = yaml.load(text, _Loader) if text else ""  # noqa: S506
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
+        value = _parse(text) if text else ""
+    except ConfigError as error:
+        raise ConfigError(f"override {override[:200]!r}: {error}") from None
     *sections, field = name.split(".")
     here: type = cls
     node = tree

@@ -119,6 +119,8 @@ def test_plain_is_the_inverse_of_build() -> None:
         ("- name\n", ["expected a mapping of sections", "list"]),
         ("", ["expected a mapping of sections", "nothing"]),
         ("name: [\n", ["not valid YAML"]),
+        ("name: " + "[" * 5000, ["nested too deeply"]),
+        ("name: a\n[1, 2]: b\n", ["a key is list", "line 2"]),
         ("name: !!python/object/apply:os.getcwd []\n", ["not valid YAML"]),
     ],
 )
@@ -175,7 +177,7 @@ def test_overrides_win_in_order_and_create_sections(tmp_path: Path) -> None:
         ("name.first=x", ["'name' is a field, not a section"]),
         ("name", ["expected section.field=value"]),
         ("=x", ["expected section.field=value"]),
-        ("name=[", ["not a YAML value"]),
+        ("name=[", ["not valid YAML"]),
         ("engine.cylinders=-1", ["engine.cylinders is -1", "1 or more"]),
     ],
 )
