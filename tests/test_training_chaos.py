@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -69,14 +70,16 @@ def prepare(
     return recipe, ["training", str(write_recipe(recipe, directory / f"{name}.yaml")), "--json"]
 
 
-def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
-    """The two training workers of a driver with a private Ray."""
+def workers_of(
+    process: "subprocess.Popen[str]", without: Collection[int] = ()
+) -> list[psutil.Process]:
+    """The two training workers of a driver with a private Ray, but for some pids."""
 
     def find() -> list[psutil.Process]:
         found = []
         for child in psutil.Process(process.pid).children(recursive=True):
             try:
-                if child.name().startswith("ray::RayTrainWo"):
+                if child.name().startswith("ray::RayTrainWo") and child.pid not in without:
                     found.append(child)
             except psutil.Error:
                 continue
@@ -159,6 +162,28 @@ def test_workers_killed_or_stopped_at_random_steps_cost_at_most_one_interval(
         f"figure {number.name}: {len(figures)} runs finished and equal, at most {gone:.1f} s until "
         f"the process was gone, {back:.1f} s until training again, {lost:g} steps lost"
     )
+
+
+@pytest.mark.timeout(600)
+def test_workers_killed_before_they_train_are_started_again(
+    tmp_path: Path, tiny_base: Path, whole: bytes
+) -> None:
+    """Alone, in the middle of joining each other, and as they load the base."""
+    recipe, words = prepare(
+        tmp_path, tiny_base, "run", scale={"workers": 2, "cpus_per_worker": 1, "max_failures": 9}
+    )
+    process = start(words, tmp_path)
+    gone: set[int] = set()
+    for delay_s in (0.0, 0.3, 1.0, 2.0, 3.0) if chaos.IS_FULL else (0.0, 1.0):
+        workers = workers_of(process, gone)
+        time.sleep(delay_s)
+        assert not events_of(recipe, "step")
+        gone |= {worker.pid for worker in workers}
+        hit(workers[len(gone) % 2], signal.SIGKILL)
+    status, _, err = finish(process)
+    assert status == 0, err
+    assert adapter_bytes(recipe) == whole
+    assert_free(recipe)
 
 
 @pytest.mark.timeout(900)

@@ -4,10 +4,15 @@ import pickle
 from pathlib import Path
 
 import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
 from ray.train import FailureConfig
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from cluster.errors import ResourceError, StorageError
 from training import failures, memory
@@ -42,6 +47,30 @@ def test_other_failures_are_tried_again_as_often_as_the_recipe_says(tmp_path: Pa
     decisions = [decide(failed(ValueError("a bug"))) for _ in range(3)]
     assert decisions == [FailureDecision.RETRY, FailureDecision.RETRY, FailureDecision.RAISE]
     assert not memory.was_killed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "death",
+    [
+        ActorDiedError(),
+        RayTaskError("setup", "connection refused", OSError("connection refused")),
+        WorkerGroupStartupFailedError("a worker failed to initialize"),
+    ],
+)
+def test_a_worker_that_dies_before_it_trains_is_a_failed_worker(
+    tmp_path: Path, death: Exception
+) -> None:
+    decide = policy(tmp_path, max_failures=2).make_decision
+    decisions = [decide(ControllerError(death)) for _ in range(3)]
+    assert decisions == [FailureDecision.RETRY, FailureDecision.RETRY, FailureDecision.RAISE]
+
+
+def test_who_waits_for_room_waits_and_a_fault_of_ray_itself_ends_the_run(tmp_path: Path) -> None:
+    decide = policy(tmp_path, max_failures=0).make_decision
+    for _ in range(5):
+        waiting = ControllerError(WorkerGroupStartupTimeoutError(num_workers=2))
+        assert decide(waiting) == FailureDecision.RETRY
+    assert decide(ControllerError(ValueError("a bug of Ray"))) == FailureDecision.RAISE
 
 
 def test_a_notice_uses_up_no_retry(tmp_path: Path) -> None:

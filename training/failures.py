@@ -8,10 +8,12 @@ killed for memory would be killed again.
 import logging
 from pathlib import Path
 
+from ray.exceptions import RayError
 from ray.train import FailureConfig, TrainingFailedError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from cluster.errors import LorayError
 from training import memory
@@ -40,6 +42,8 @@ class FailurePolicy(DefaultFailurePolicy):
         if any(isinstance(failure, ToldToEnd) for failure in failures):
             log.warning("starting_again=%s reason='a worker was told to end'", self._run_dir.name)
             return FailureDecision.RETRY
+        if _is_of_starting(training_failed_error):  # else Ray ends the run, or tries for ever
+            training_failed_error = WorkerGroupError(str(training_failed_error), {})
         before, self._num_kills = self._num_kills, memory.num_kernel_kills()
         text = str(training_failed_error)
         if failures and (self._num_kills > before or is_of_low_memory(training_failed_error)):
@@ -67,6 +71,13 @@ def reason(error: BaseException | None) -> LorayError | None:
 def is_of_low_memory(error: BaseException) -> bool:
     """Whether Ray killed a worker since its node was low on memory."""
     return _KILLED_BY_RAY in str(error)
+
+
+def _is_of_starting(error: BaseException) -> bool:
+    """Whether a worker died, or could not join the others, before it began to train."""
+    if not isinstance(error, ControllerError):
+        return False
+    return isinstance(error.controller_failure, RayError | WorkerGroupStartupFailedError)
 
 
 def _failures(error: BaseException | None) -> list[Exception]:
