@@ -105,12 +105,12 @@ def test_the_deprecated_forms_are_read_as_their_successors(tmp_path: Path) -> No
     ("row", "expected", "code"),
     [
         ({**ROW, "tools": {}}, None, ""),
-        ({**ROW, "tools": "x"}, "tools is text 'x'; expected a list", "invalid_tools"),
+        ({**ROW, "tools": "x"}, "tools is text; expected a list", "invalid_tools"),
         ({**ROW, "tools": [TOOL] * 129}, "tools has 129 entries; allowed: up to 128", ""),
-        ({**ROW, "tools": [{**TOOL, "type": "custom"}]}, "type is text 'custom'; only", ""),
+        ({**ROW, "tools": [{**TOOL, "type": "custom"}]}, "type is 'custom'; only", ""),
         (
             {**ROW, "tools": [{"type": "function", "function": {"name": "a b"}}]},
-            r"tools\[0\].function.name is text 'a b'; expected 1 to 64 letters",
+            r"tools\[0\].function.name is 'a b'; expected 1 to 64 letters",
             "invalid_tools",
         ),
         (

@@ -102,8 +102,8 @@ def test_sharegpt_names_of_speakers_are_known(tmp_path: Path) -> None:
     [
         ({"messages": [USER]}, r"no assistant turn to learn from \(roles: user\)"),
         ({"messages": []}, "messages is empty; expected a list of turns"),
-        ({"messages": "hello"}, r"messages is text 'hello'; expected a list"),
-        ({"messages": ["hello"]}, r"messages\[0\] is text 'hello'; expected an object"),
+        ({"messages": "hello"}, r"messages is text; expected a list"),
+        ({"messages": ["hello"]}, r"messages\[0\] is text; expected an object"),
         (
             {"messages": [{"role": "robot", "content": "x"}]},
             r"unknown role 'robot'; allowed: system, user",
@@ -122,7 +122,7 @@ def test_sharegpt_names_of_speakers_are_known(tmp_path: Path) -> None:
         ),
         (
             {"messages": [{**USER, "content": [{"type": "image_url"}]}, ANSWER]},
-            "of type image_url; only text",
+            "of type 'image_url'; only text",
         ),
         (
             {"messages": [USER, {**ANSWER, "tool_calls": [{}]}]},

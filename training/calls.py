@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeAlias, cast
 
 from training import json_line
-from training.shapes import Bad, kind_of, text
+from training.shapes import Bad, kind_of, label, text
 
 Tool: TypeAlias = Mapping[str, object]
 """`{"type": "function", "function": {"name", "description"?, "parameters"?, "strict"?}}`."""
@@ -67,7 +67,7 @@ def tools_of(row: Mapping[str, object], at: str = "") -> tuple[Tool, ...]:
         place = f"{at}tools[{number}]"
         kind = _object(tool, place).get("type")
         if kind != "function":
-            raise _bad(f"{place}.type is {kind_of(kind)}; only 'function' is supported")
+            raise _bad(f"{place}.type is {label(kind)}; only 'function' is supported")
         unknown = [key for key, value in _object(tool, place).items() if value is not None]
         _require_keys(unknown, ("type", "function"), place)
         function = _function(_object(tool, place).get("function"), f"{place}.function")
@@ -89,7 +89,7 @@ def calls_of(entry: Mapping[str, object], at: str) -> tuple[Call, ...]:
         place = f"{at}.tool_calls[{number}]"
         body = _object(item, place)
         if body.get("type", "function") != "function":
-            raise _bad_call(f"{place}.type is {kind_of(body['type'])}; allowed: 'function'")
+            raise _bad_call(f"{place}.type is {label(body['type'])}; allowed: 'function'")
         given = [key for key, value in body.items() if value is not None]
         _require_keys(given, ("id", "type", "function", "index"), place)
         call_id = body.get("id")
@@ -136,7 +136,7 @@ def _name(body: Mapping[str, object], at: str) -> str:
     name = body.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise _bad(
-            f"{at}.name is {kind_of(name)}; expected 1 to 64 letters, digits, '_', '-' and '.'"
+            f"{at}.name is {label(name)}; expected 1 to 64 letters, digits, '_', '-' and '.'"
         )
     return name
 

@@ -182,8 +182,8 @@ def _preference(row: Mapping[str, object], example_id: str) -> Example:
     messages = _openai(prompt, "input.")
     if messages[-1].role not in ("user", "tool"):
         raise Bad(
-            f"input ends with a {messages[-1].role} turn; expected a user's or a tool's, which the "
-            "answers answer",
+            f"input ends with {shapes.a_turn(messages[-1].role)}; expected a user's or a tool's, "
+            "which the answers answer",
             code="invalid_preference",
         )
     chosen, rejected = (_answer(row, names) for names in (shapes.PREFERRED, shapes.NON_PREFERRED))

@@ -1,7 +1,7 @@
 """The shapes of a row: which keys it has, and what may stand under them.
 
-Errors name the place in the row and never quote more than 40 characters of it; each has a code, of
-which the first seven are those of OpenAI's cookbook (Chat_finetuning_data_prep).
+Errors name the place in the row and never quote what is said in it; each has a code, of which the
+first seven are those of OpenAI's cookbook (Chat_finetuning_data_prep).
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -28,6 +28,7 @@ Code: TypeAlias = Literal[
     "invalid_tool_calls",
     "invalid_preference",
     "invalid_text",
+    "missing_prompt",
     "cannot_be_encoded",
 ]
 
@@ -156,11 +157,11 @@ def require_known_keys(entry: Mapping[str, object], at: str) -> None:
             continue
         if key == "weight":
             raise Bad(
-                f"{at}.weight stands on {_a(speaker)} turn; only assistant turns have it",
+                f"{at}.weight stands on {a_turn(speaker)}; only assistant turns have it",
                 code="invalid_weight",
             )
         raise Bad(
-            f"{at}: unknown key {str(key)[:40]!r} in {_a(speaker)} turn."
+            f"{at}: unknown key {str(key)[:40]!r} in {a_turn(speaker)}."
             f"{nearest(str(key)[:40], valid)} Valid: {', '.join(valid)}",
             code="message_unrecognized_key",
         )
@@ -175,7 +176,7 @@ def weight(entry: Mapping[str, object], speaker: Role, at: str) -> Literal[0, 1]
         raise Bad(f"{at}.weight is {str(found)[:40]}; allowed: 0 or 1", code="invalid_weight")
     if speaker != "assistant":
         raise Bad(
-            f"{at}.weight stands on {_a(speaker)} turn; only assistant turns have it",
+            f"{at}.weight stands on {a_turn(speaker)}; only assistant turns have it",
             code="invalid_weight",
         )
     return 1 if found else 0
@@ -187,10 +188,11 @@ def content(value: object, at: str, *, may_be_empty: bool = False) -> str:
         return text(value, at, may_be_empty=may_be_empty)
     texts: list[str] = []
     for number, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, dict) else kind_of(part)
+        kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
+            shown = f"of type {label(kind)}" if isinstance(part, dict) else kind_of(part)
             raise Bad(
-                f"{at}[{number}] is of type {str(kind)[:40]}; only text parts are supported",
+                f"{at}[{number}] is {shown}; only text parts are supported",
                 code="unsupported_content",
             )
         part_text = cast(dict[str, object], part).get("text")
@@ -214,14 +216,21 @@ def text(value: object, at: str, *, may_be_empty: bool = False) -> str:
 
 
 def kind_of(value: object) -> str:
-    """What a value is, for an error."""
+    """What a value is, for an error; what a text says is nobody's business."""
     names = {dict: "an object", list: "a list", type(None): "nothing", str: "text"}
-    shown = "" if isinstance(value, dict | list) or value is None else f" {str(value)[:40]!r}"
+    is_plain = isinstance(value, bool | int | float)
+    shown = f" {str(value)[:40]!r}" if is_plain else ""
     return f"{names.get(type(value), type(value).__name__)}{shown}"
 
 
-def _a(noun: str) -> str:
-    return f"an {noun}" if noun == "assistant" else f"a {noun}"
+def label(value: object) -> str:
+    """A value that should be a name out of a few, for an error."""
+    return repr(value[:40]) if isinstance(value, str) else kind_of(value)
+
+
+def a_turn(speaker: str) -> str:
+    """`a user turn`, for an error."""
+    return f"{'an' if speaker == 'assistant' else 'a'} {speaker} turn"
 
 
 def answer_of(row: Mapping[str, object], names: tuple[str, ...]) -> str:
