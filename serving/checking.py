@@ -108,17 +108,12 @@ class Checking:
         one_thread = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")
         inherited = os.environ.get("PYTHONPATH")
         paths = os.pathsep.join([str(_ROOT), *([inherited] if inherited else [])])
+        module, memory = Finding.__module__, str(self._limits.memory_bytes)
         with self._lock:
             if self._is_closed:
                 raise _Failed("the server stops")
-            process = self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    Finding.__module__,
-                    str(path),
-                    str(self._limits.memory_bytes),
-                ],
+            process = self._process = subprocess.Popen(  # noqa: S603  (our own interpreter)
+                [sys.executable, "-m", module, str(path), memory],
                 stdin=subprocess.PIPE,  # the process ends when this one does
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

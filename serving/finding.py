@@ -63,7 +63,7 @@ def _method(path: Path) -> Literal["supervised", "dpo"]:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    os.read(sys.stdin.fileno(), 1)
     os._exit(1)
 
 

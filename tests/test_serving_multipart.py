@@ -1,6 +1,7 @@
 """The form's parser: the same result however the body is cut, and bounds on all but the file."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -36,7 +37,7 @@ def read(
     heard: list[Field | FileStart] = []
     data = b""
     places = [0, *sorted(cuts), len(body)]
-    for start, end in zip(places, places[1:], strict=False):
+    for start, end in pairwise(places):
         for event in reader.feed(body[start:end]):
             if isinstance(event, bytes):
                 assert event

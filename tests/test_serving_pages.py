@@ -53,7 +53,10 @@ def there(order: Order) -> list[str]:
     return ids if order == "asc" else ids[::-1]
 
 
-@given(limits=st.lists(st.integers(1, 30), min_size=NUM_ROWS), order=st.sampled_from(Order.__args__))
+@given(
+    limits=st.lists(st.integers(1, 30), min_size=NUM_ROWS),
+    order=st.sampled_from(Order.__args__),
+)
 def test_walking_with_any_limits_gives_each_row_once(
     opened: Database, limits: list[int], order: Order
 ) -> None:

@@ -8,6 +8,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import chaos
@@ -214,7 +215,7 @@ def test_the_first_line_that_is_too_long_is_found_however_it_comes(
     cuts = cut.draw(st.lists(st.integers(0, len(whole)), max_size=8))
     lines = Lines(4)
     places = [0, *sorted(cuts), len(whole)]
-    for start, end in zip(places, places[1:], strict=False):
+    for start, end in pairwise(places):
         lines.look(whole[start:end])
     assert lines.too_long == first
 
