@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from cluster.errors import DataError
 from training import examples
-from training.examples import BadRow, Example, Format, Source
+from training.examples import BadRow, Example, Format
+from training.sources import Source
 from training.tokens import Encoded
 
 T = TypeVar("T")
