@@ -15,7 +15,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.errors import LorayError
 from cluster.registry.tables import File
 from serving import incoming
 from serving.finding import Finding
@@ -53,9 +52,11 @@ class Checking:
         self._process: subprocess.Popen[bytes] | None = None
         self._is_closed = False
         self._tries: dict[str, int] = {}
-        self._thread = threading.Thread(target=self._run, name="checking", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Checking":
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="checking", daemon=True)
         self._thread.start()
         return self
 
@@ -65,7 +66,8 @@ class Checking:
             if self._process is not None:
                 self._process.kill()
         self._wake.set()
-        self._thread.join(30)
+        if self._thread is not None:
+            self._thread.join(30)
 
     def wake(self) -> None:
         """A file has come."""
@@ -81,7 +83,7 @@ class Checking:
                 for file in self._shelf.unchecked():
                     if not self._is_closed:
                         self._look_into(file)
-            except (LorayError, OSError) as error:  # the registry or the disk; there is a next time
+            except Exception as error:  # the registry or the disk, mostly; there is a next time
                 _log.warning("event=files_not_checked error=%s", type(error).__name__)
             looks_to_clean = (looks_to_clean + 1) % max(1, round(_CLEAN_S / self._look_s))
             self._wake.wait(self._look_s)

@@ -125,6 +125,7 @@ def router(shelf: Shelf | None) -> APIRouter:
     @routes.post("", response_model=FileObject, openapi_extra=_FORM)
     async def create_file(request: Request, caller: Tune) -> Any:
         """Upload a file."""
+        _require_no_other_site(request, caller)
         declared = request.headers.get("content-length", "")
         with slots.taken(caller.project):
             file = await upload.receive(
@@ -196,6 +197,16 @@ def described(file: File) -> FileObject:
         "status": file.status,  # pyright: ignore[reportReturnType]
         "status_details": file.status_details,
     }
+
+
+def _require_no_other_site(request: Request, caller: Caller) -> None:
+    """Raises ApiError (403) for a form that another site's page sends to a server without keys.
+
+    Browsers send forms anywhere without asking; JSON they do not.
+    """
+    site = request.headers.get("sec-fetch-site", "none")
+    if not caller.key_id and site not in ("none", "same-origin"):
+        raise problems.forbidden("A page of another site may not upload files here.")
 
 
 class _Slots:

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import __version__
-from serving import problems, replies
+from serving import files, problems, replies
 from serving.answering import Answering
 from serving.config import NAME
 from serving.grammar import Grammars
@@ -21,6 +21,7 @@ from serving.metrics import Metrics
 from serving.replica import Replica, check_path
 from serving.schema import ChatRequest, CompletionRequest
 from serving.service import Served
+from serving.shelf import Shelf
 
 _ANYONE = ""
 """The key of requests where none is asked for."""
@@ -74,9 +75,13 @@ def make_app(
     root: Path,
     keys: Keys | None,
     metrics: Metrics,
+    shelf: Shelf | None = None,
     lifespan: Callable[[FastAPI], Any] | None = None,
 ) -> FastAPI:
-    """The application over a replica. root: where adapters that come over HTTP must lie."""
+    """The application over a replica.
+
+    root: where adapters that come over HTTP must lie. shelf: of files; None: tuning is off.
+    """
     service = replica.service
     app = FastAPI(
         title="LoRay",
@@ -86,7 +91,12 @@ def make_app(
         redoc_url=None,
         lifespan=lifespan,
     )
-    problems.install(app, max_body_bytes=replica.recipe.http.max_body_bytes)
+    problems.install(
+        app,
+        max_body_bytes=replica.recipe.http.max_body_bytes,
+        longer=files.body_limits(shelf.limits) if shelf is not None else {},
+    )
+    app.include_router(files.router(shelf))
     answering = Answering(
         service=service,
         grammars=_Tokenizers(),

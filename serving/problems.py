@@ -29,12 +29,16 @@ from typing_extensions import TypedDict  # pydantic takes typing's from Python 3
 from cluster.errors import LorayError
 
 MAX_MESSAGE_CHARS = 2000
+RECEIVED = "loray.received"
+"""An extension of ASGI between this layer and `serving.front`, and the type of its messages: how
+many bytes of a body have been taken. Serve's proxy would go on reading, whether they are or not."""
 GONE = 499
 """Status of a request whose client went before its answer came (nginx's)."""
 _MAX_SHOWN_CHARS = 80
 _MAX_RETRY_AFTER_S = 3600
 _SHORT_BYTES = 64 << 10
 """A body that is read to its end even where it is refused, so that the connection stays."""
+_TELL_BYTES = 1 << 20
 _LINGER_S = 1.0
 _LINGER_BYTES = 16 << 20
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -270,7 +274,8 @@ class _BodyLimit:
             await self._app(scope, receive, send)
             return
         max_bytes = self._longer.get((scope["method"], scope["path"]), self._max_bytes)
-        body = _Body(Headers(scope=scope), receive)
+        is_counted = RECEIVED in (scope.get("extensions") or {})
+        body = _Body(Headers(scope=scope), receive, send if is_counted else None)
         sending = _Closing(body, send)
         if body.declared_bytes > max_bytes:
             status, answer, headers = of_exception(too_large(max_bytes))
@@ -289,11 +294,14 @@ class _BodyLimit:
 class _Body:
     """How much of a request's body has come, and whether more is to come."""
 
-    def __init__(self, headers: Headers, receive: Receive) -> None:
+    def __init__(self, headers: Headers, receive: Receive, tell: Send | None) -> None:
+        """tell: is sent RECEIVED now and then."""
         declared = headers.get("content-length", "")
         self.declared_bytes = int(declared) if declared.isdigit() else 0
         is_chunked = "transfer-encoding" in headers
         self._receive = receive
+        self._tell = tell
+        self._told_bytes = 0
         self.num_bytes = 0
         self.is_long = is_chunked or self.declared_bytes > _SHORT_BYTES
         self.is_whole = not is_chunked and self.declared_bytes == 0
@@ -303,6 +311,9 @@ class _Body:
         self.num_bytes += len(message.get("body", b""))
         if message["type"] == "http.disconnect" or not message.get("more_body", False):
             self.is_whole = True
+        elif self._tell is not None and self.num_bytes - self._told_bytes >= _TELL_BYTES:
+            self._told_bytes = self.num_bytes
+            await self._tell({"type": RECEIVED, "num_bytes": self.num_bytes})
         return message
 
     async def drop(self) -> None:

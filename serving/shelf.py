@@ -87,6 +87,9 @@ class Shelf:
             left = self.limits.max_project_bytes - self._used(session, project)
         if left <= 0 or min(expected_bytes, self.limits.max_file_bytes) > left:
             raise self._quota_exceeded()
+        return self._open(expected_bytes)
+
+    def _open(self, expected_bytes: int) -> Incoming:
         try:
             storage.require_free(self._folder, expected_bytes + _RESERVE_BYTES, purpose="an upload")
         except ResourceError:  # its text names our directories
@@ -123,9 +126,7 @@ class Shelf:
         upload.is_kept = True
         try:
             with self._database.write() as session:
-                used = self._used(session, label.project)
-                if used + row.bytes > self.limits.max_project_bytes:
-                    raise self._quota_exceeded()
+                self._require_share(session, row)
                 session.add(row)
         except RegistryError:  # the row may have been kept all the same; `clean` will know
             raise
@@ -135,8 +136,11 @@ class Shelf:
         return row
 
     def put(self, project: str, filename: str, purpose: Purpose, content: bytes) -> File:
-        """Store a file of the service's own, such as a job's results."""
-        upload = self.receive(project, expected_bytes=len(content))
+        """Store a file of the service's own, such as a job's results.
+
+        Results are stored also where the project has used up its share. Raises ApiError (413, 507).
+        """
+        upload = self._open(len(content))
         try:
             upload.write(content)
             return self.keep(upload, Label(project=project, filename=filename, purpose=purpose))
@@ -245,6 +249,16 @@ class Shelf:
             File.project == project, File.deleted_at.is_(None)
         )
         return int(session.scalar(total) or 0)
+
+    def _require_share(self, session: Session, row: File) -> None:
+        """Raises ApiError (400) where a new file does not fit into its project's share."""
+        if row.purpose == "fine-tune-results":
+            return
+        if not self._database.is_sqlite:  # where writers do not take turns by themselves
+            place = func.hashtext(f"files {row.project}")
+            session.execute(select(func.pg_advisory_xact_lock(place)))
+        if self._used(session, row.project) + row.bytes > self.limits.max_project_bytes:
+            raise self._quota_exceeded()
 
     def _quota_exceeded(self) -> ApiError:
         return ApiError(

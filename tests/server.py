@@ -19,6 +19,7 @@ from serving.config import ServeRecipe
 from serving.keys import Keys
 from serving.metrics import Metrics
 from serving.replica import Replica, open_replica
+from serving.shelf import Shelf
 
 _START_S = 60.0
 
@@ -38,7 +39,12 @@ class Running:
 
 @contextmanager
 def serving(
-    directory: Path, base: Path, *, keys: Path | None = None, **sections: Any
+    directory: Path,
+    base: Path,
+    *,
+    keys: Path | None = None,
+    shelf: Shelf | None = None,
+    **sections: Any,
 ) -> Iterator[Running]:
     """Serve a base directory; `sections` of the serving file win over the defaults."""
     tree = {
@@ -57,6 +63,7 @@ def serving(
         root=directory,
         keys=Keys.load(keys) if keys else None,
         metrics=metrics,
+        shelf=shelf,
         lifespan=lambda _: inference.following(replica),
     )
     port = free_port()

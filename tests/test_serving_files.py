@@ -1,5 +1,6 @@
 """/v1/files over a real socket, with the stock `openai` client and with clients that misbehave."""
 
+import asyncio
 import gc
 import json
 import logging
@@ -10,7 +11,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO, UnsupportedOperation
@@ -28,7 +29,7 @@ from openai import OpenAI
 from openai.types import FileDeleted, FileObject
 
 from cluster.registry import database
-from serving import files, problems
+from serving import files, problems, upload
 from serving.access import Caller
 from serving.checking import Checking, CheckLimits
 from serving.shelf import FileLimits, Shelf
@@ -48,7 +49,7 @@ class Access:
             return Caller(project=project, scopes=frozenset({"infer"}))
         if project not in ("mine", "theirs"):
             raise problems.invalid_api_key()
-        return Caller(key_id=project, project=project)
+        return Caller(key_id=project if project == "mine" else "", project=project)
 
 
 @dataclass
@@ -470,6 +471,35 @@ def test_a_client_that_goes_away_in_the_middle_leaves_nothing(
             until(lambda: len(server.names()) == 1)
         until(lambda: server.names() == [])
     assert "request_failed" not in caplog.text
+
+
+def test_a_client_that_falls_silent_is_let_go(tmp_path: Path) -> None:
+    opened = database.open_(database.sqlite_url(tmp_path / "registry.db"))
+    shelf = Shelf(opened, tmp_path / "runs", LIMITS, time.time)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield part("purpose", "batch") + part("file", b"x", filename="a")[:-2]
+        await asyncio.Event().wait()
+
+    async def receive() -> None:
+        await upload.receive(
+            shelf, chunks(), caller=Caller(), content_type="multipart/form-data; boundary=b",
+            expected_bytes=0, silence_s=0.05,
+        )  # fmt: skip
+
+    with pytest.raises(problems.ApiError) as caught:
+        asyncio.run(receive())
+    assert caught.value.status == 408
+    assert list((tmp_path / "runs" / "files").iterdir()) == []
+    opened.close()
+
+
+def test_a_page_of_another_site_cannot_upload_where_no_key_is_asked(server: Running) -> None:
+    body = form(part("purpose", "batch"), part("file", b"x", filename="a"))
+    keyless = {"authorization": "Bearer theirs", "sec-fetch-site": "cross-site"}
+    refused(server.send(body, **keyless), 403)
+    assert server.send(body, **{**keyless, "sec-fetch-site": "same-origin"}).ok
+    assert server.send(body, **{"sec-fetch-site": "cross-site"}).ok  # it has a key
 
 
 # Limits

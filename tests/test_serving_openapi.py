@@ -1,5 +1,6 @@
 """Whatever /openapi.json allows, and what it does not, is answered as the contract says."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from schemathesis import GenerationMode
 from server import Running, serving
 from test_training_adapter import make_adapter
 
-OPERATIONS = 10
+from cluster.registry import database
+from serving.shelf import FileLimits, Shelf
+
+OPERATIONS = 15
 """That the API has; more is good news for this number."""
 
 
@@ -20,8 +24,12 @@ OPERATIONS = 10
 def running(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[Running]:
     directory = tmp_path_factory.mktemp("openapi")
     first = make_adapter(directory / "first", tiny_base, seed=1)
-    with serving(directory, tiny_base, adapters=[{"name": "first", "path": str(first)}]) as server:
+    adapters = [{"name": "first", "path": str(first)}]
+    opened = database.open_(database.sqlite_url(directory / "registry.db"))
+    shelf = Shelf(opened, directory / "runs", FileLimits(), time.time)
+    with serving(directory, tiny_base, adapters=adapters, shelf=shelf) as server:
         yield server
+    opened.close()
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode))

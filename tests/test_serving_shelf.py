@@ -116,6 +116,14 @@ def test_results_are_put_as_files(setting: Setting) -> None:
     assert len(setting.names()) == 1
 
 
+def test_results_are_stored_also_where_the_share_is_used_up(setting: Setting) -> None:
+    for _ in range(2):
+        setting.add(bytes(1000), purpose="batch")
+    refused(lambda: setting.add(bytes(501), purpose="batch"), 400)
+    assert setting.shelf.put("mine", "results.csv", "fine-tune-results", bytes(1000)).bytes == 1000
+    refused(lambda: setting.shelf.receive("mine"), 400)
+
+
 def test_what_another_project_has_is_not_there(setting: Setting) -> None:
     file = setting.add()
     refused(lambda: setting.shelf.get("theirs", file.id), 404)
