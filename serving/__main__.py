@@ -21,6 +21,8 @@ ServeFile = Annotated[
 ]
 
 
+_JOBS_API = "http://127.0.0.1:8265"
+"""Of a cluster whose head is this machine."""
 PRIVATE_RAY = {
     # Ray (2.60) runs workers at niceness 15, so that clients on this machine would slow the engine.
     "RAY_worker_niceness": "0",
@@ -69,7 +71,10 @@ def serve(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
-    with session.environment(PRIVATE_RAY), session.connect(address) as ray_session:
+    with (
+        session.environment(PRIVATE_RAY),
+        session.connect(address, has_jobs_api=recipe.tuning is not None) as ray_session,
+    ):
         from ray import serve as ray_serve
 
         from serving import app
@@ -81,10 +86,16 @@ def serve(
         )
         try:
             ray_serve.run(app.build(recipe, directory, root), name="loray", route_prefix="/")
+            if recipe.tuning is not None:
+                jobs_api = recipe.tuning.jobs_api or ray_session.jobs_api or _JOBS_API
+                tuner = app.build_tuner(recipe, directory, jobs_api)
+                ray_serve.run(tuner, name="loray-jobs", route_prefix=None)
             url = f"http://{recipe.http.host}:{recipe.http.port}/v1"
             say(f"serving {recipe.model_name} at {url} after {time.perf_counter() - started:.0f} s")
             stop.wait()
             say("stopping: answers that run may end; Ctrl-C again stops at once")
+            if recipe.tuning is not None:
+                ray_serve.delete("loray-jobs")
             ray_serve.delete("loray")  # `shutdown` alone ends the proxy under them
         finally:
             ray_serve.shutdown()

@@ -238,6 +238,8 @@ class CheckpointConfig:
     """Optimiser steps between checkpoints; there is always one at the end."""
     keep: int = 2
     """Newest checkpoints kept, beside the best one."""
+    keep_adapters: bool = False
+    """Keep the adapter of every checkpoint in `<run>/adapters/step-N`, ready to be served."""
 
     def __post_init__(self) -> None:
         _require(
@@ -316,6 +318,8 @@ class TrainRecipe:
         )
         if remote.is_url(self.storage):
             remote.require_url(self.storage)
+            if self.checkpoint.keep_adapters:
+                raise ConfigError("checkpoint.keep_adapters needs storage that is a directory")
         if self.data.streaming and self.optim.max_steps is None:
             raise ConfigError("data.streaming needs optim.max_steps: a stream has no known length")
         if self.evaluation.every_steps and not self.data.eval:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from cluster import storage
+from cluster import ownership, storage
 from training import checkpoint, memory
 from training.checkpoint import State
 from training.config import TrainRecipe
@@ -241,6 +241,8 @@ def _save(job: Job, seat: Seat) -> None:
             attempt=job.attempt,
             info=job.info,
         )
+        if job.recipe.checkpoint.keep_adapters:
+            _keep_adapter(job, path, seat.state.step)
         keep = job.recipe.checkpoint.keep
         checkpoint.prune(job.run_dir, keep=keep, best_step=seat.state.best_step)
         if job.mirror is not None:
@@ -249,6 +251,19 @@ def _save(job: Job, seat: Seat) -> None:
         if job.mirror is not None:
             job.mirror.flush()
     job.workers.wait()
+
+
+def _keep_adapter(job: Job, path: Path, step: int) -> None:
+    final = checkpoint.adapter_directory(job.run_dir, step)
+    if not checkpoint.is_export_of(final, path):
+        checkpoint.export(
+            path,
+            final,
+            job.trunk.base.tokenizer,
+            attempt=job.attempt,
+            info={**job.info, "step": step},
+            is_fenced=lambda: not ownership.is_current_attempt(job.run_dir, job.attempt),
+        )
 
 
 def _totals(state: State) -> dict[str, float]:
