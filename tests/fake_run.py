@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 from cluster import ownership, storage
-from training import checkpoint, loop
 from training.events import EventLog
 
 STEPS = 6
@@ -18,7 +17,7 @@ EVERY = 2
 def main(recipe: dict, adapter: Path, step_s: float) -> int:
     run_dir = Path(recipe["storage"]) / recipe["name"]
     with ownership.RunLock(run_dir):
-        stop = loop.stop_file(run_dir)
+        stop = run_dir / "stop-requested"  # loop.stop_file, without torch
         stop.unlink(missing_ok=True)
         events = EventLog(run_dir / "events.jsonl")
         place = run_dir / "checkpoints" / "fake-step"
@@ -36,7 +35,7 @@ def main(recipe: dict, adapter: Path, step_s: float) -> int:
             if step % EVERY == 0 or is_asked:
                 if recipe["data"].get("eval"):
                     events.write("eval", step=step, loss=loss + 0.1)
-                publish(adapter, checkpoint.adapter_directory(run_dir, step))
+                publish(adapter, run_dir / "adapters" / f"step-{step:06d}")
                 storage.write_file(place, str(step).encode())
                 events.write("checkpoint", step=step)
             if is_asked:
