@@ -52,6 +52,8 @@ def serve(
     directory, root = config.registry_of(recipe, file), Path(recipe.adapters_root)
     if recipe.keys_file is not None:
         keys.Keys.load(Path(recipe.keys_file))  # refuses before Ray is started
+    for hook in recipe.webhooks:
+        hook.secret()
     if print_config:
         from serving import app
 
