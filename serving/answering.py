@@ -35,39 +35,48 @@ class Answering:
     """Told of the tokens of an answered request."""
     clock: Callable[[], float] = time.perf_counter
 
-    async def chat(self, body: ChatRequest, request: Request, *, key: str) -> Response:
-        """Answer POST /v1/chat/completions. Raises ApiError, DataError."""
-        return await self._answer(
-            body, request, lambda served: Chat.read(body, served, self.grammars, key)
-        )
-
-    async def complete(self, body: CompletionRequest, request: Request, *, key: str) -> Response:
-        """Answer POST /v1/completions. Raises ApiError, DataError."""
-        return await self._answer(body, request, lambda served: Completion.read(body, served, key))
-
-    async def _answer(
+    async def answer(
         self,
         body: ChatRequest | CompletionRequest,
         request: Request,
-        read: Callable[[Served], Chat | Completion],
+        *,
+        key: str,
+        on_outcome: Callable[[Exception | None], None] = lambda error: None,
     ) -> Response:
+        """Answer POST /v1/chat/completions or /v1/completions. Raises ApiError, DataError.
+
+        on_outcome: told why there was no answer, or None once it is whole; of an answer whose
+        client has gone it is told nothing.
+        """
         stack = AsyncExitStack()
         is_handed_over = False
         try:
             served = await stack.enter_async_context(self.service.use(body.model))
-            form = await asyncio.to_thread(read, served)
+            form = await asyncio.to_thread(self.read, body, served, key)
             source = self._timed(served, form.asked)
             if body.stream:
                 stream = await _begun(source, stack)
-                response = _Sse(self._events(form, served, stream), stack)
+                response = _Sse(self._events(form, served, stream, on_outcome), stack)
                 is_handed_over = True
                 return response
             pieces = await _unless_gone(request, _collect(source))
             self._count(served, form.asked, pieces)
+            on_outcome(None)
             return JSONResponse(form.whole(pieces))
+        except Exception as error:
+            on_outcome(error)
+            raise
         finally:
             if not is_handed_over:
                 await stack.aclose()
+
+    def read(
+        self, body: ChatRequest | CompletionRequest, served: Served, key: str
+    ) -> Chat | Completion:
+        """A request on its way. Raises ApiError, DataError."""
+        if isinstance(body, ChatRequest):
+            return Chat.read(body, served, self.grammars, key)
+        return Completion.read(body, served, key)
 
     async def _timed(
         self, served: Served, asked: Sequence[Asked]
@@ -86,6 +95,7 @@ class Answering:
         form: Chat | Completion,
         served: Served,
         stream: AsyncIterator[tuple[int, Piece]],
+        on_outcome: Callable[[Exception | None], None],
     ) -> AsyncGenerator[bytes, None]:
         """Server-sent events; an error in the middle is the last of them."""
         seen: list[tuple[int, Piece]] = []
@@ -100,8 +110,10 @@ class Answering:
             self._count(served, form.asked, seen)
             if form.body.has_usage_chunk:
                 yield _event(form.usage_chunk(seen))
+            on_outcome(None)
             yield _DONE
         except Exception as error:
+            on_outcome(error)
             yield _event(problems.of_exception(error)[1])
 
     def _count(

@@ -27,6 +27,7 @@ class Server:
     def __init__(self, tree: dict[str, Any], directory: str, root: str) -> None:
         """tree: a ServeRecipe as plain data. directory: of the registry. root: of adapters."""
         # torch and transformers: seconds that the driver, which knows this class, must not spend
+        from serving import tuning
         from serving.keys import Keys
         from serving.metrics import Metrics
         from serving.replica import open_replica
@@ -36,12 +37,9 @@ class Server:
         self._replica = open_replica(recipe, Path(directory), on_step=self._metrics.step)
         self._keys = Keys.load(Path(recipe.keys_file)) if recipe.keys_file else None
         self._root = Path(root)
-        self._tuning = None
-        if recipe.tuning is not None:
-            from serving import tuning
-
-            opened = tuning.open_database(recipe, Path(directory))
-            self._tuning = tuning.open_tuning(recipe, opened, self._replica)
+        opened = tuning.open_database(recipe, Path(directory))
+        self._tuning = tuning.open_tuning(recipe, opened, self._replica)
+        self._aliases = tuning.open_aliases(opened, self._replica)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application, once the base is loaded (Ray Serve 2.60 calls this)."""
@@ -53,8 +51,9 @@ class Server:
             keys=self._keys,
             metrics=self._metrics,
             tuning=self._tuning,
+            aliases=self._aliases,
             lifespan=lambda _: inference.following(
-                self._replica, self._tuning.models if self._tuning else None
+                self._replica, self._tuning.models if self._tuning else None, self._aliases
             ),
         )
 

@@ -5,6 +5,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,9 +14,11 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import __version__
-from serving import files, finetuning, problems, replies
+from serving import alias_routes, files, finetuning, problems, replies
 from serving.access import Admin, Caller, Infer, User
+from serving.aliases import Aliases
 from serving.answering import Answering
+from serving.chosen import Chosen, choose
 from serving.config import NAME
 from serving.grammar import Grammars
 from serving.job_book import JobBook
@@ -24,6 +27,7 @@ from serving.metrics import Metrics
 from serving.replica import Replica, check_path
 from serving.schema import ChatRequest, CompletionRequest
 from serving.service import Served
+from serving.shadow import Shadows
 from serving.shelf import Shelf
 from serving.tuned_models import Tuned, TunedModels
 
@@ -64,6 +68,7 @@ def make_app(
     keys: Keys | None,
     metrics: Metrics,
     tuning: Tuning | None = None,
+    aliases: Aliases | None = None,
     lifespan: Callable[[FastAPI], Any] | None = None,
 ) -> FastAPI:
     """The application over a replica. root: where adapters that come over HTTP must lie."""
@@ -91,10 +96,21 @@ def make_app(
 
     app.state.keys = keys
 
-    async def resolve(caller: Caller, name: str) -> None:
-        """Have a model that the caller may use ready. Raises ApiError (404)."""
+    shadows = Shadows(answering=answering, aliases=aliases) if aliases else None
+
+    def resolve(caller: Caller, body: ChatRequest | CompletionRequest, request: Request) -> Chosen:
+        """What is to answer a request. Raises ApiError (404)."""
+        name = body.model
+        if aliases is not None and shadows is not None and name not in service.names():
+            alias = aliases.find(caller.project, name)
+            if alias is not None:
+                return choose(alias, caller, body, request, shadows)
         if not caller.may_use(name):
             raise problems.model_not_found(name)
+        return Chosen(body=body)
+
+    async def ready(caller: Caller, name: str) -> None:
+        """Have a model of the caller's be there. Raises ApiError (404)."""
         is_tuned = tuned is not None and (tuned.is_known(name) or name not in service.names())
         if tuned is not None and is_tuned and await tuned.find(caller, name) is None:
             raise problems.model_not_found(name)
@@ -103,15 +119,19 @@ def make_app(
     async def chat(body: ChatRequest, request: Request, caller: Infer) -> Response:
         """Answer a conversation."""
         with metrics.request("chat", body.model):
-            await resolve(caller, body.model)
-            return await answering.chat(body, request, key=caller.key_id)
+            chosen = resolve(caller, body, request)
+            return await chosen.answer(
+                answering, request, key=caller.key_id, ready=partial(ready, caller)
+            )
 
     @app.post("/v1/completions", response_model=replies.TextCompletion)
     async def complete(body: CompletionRequest, request: Request, caller: Infer) -> Response:
         """Continue texts."""
         with metrics.request("completions", body.model):
-            await resolve(caller, body.model)
-            return await answering.complete(body, request, key=caller.key_id)
+            chosen = resolve(caller, body, request)
+            return await chosen.answer(
+                answering, request, key=caller.key_id, ready=partial(ready, caller)
+            )
 
     def described(name: str) -> replies.ModelObject:
         fixed = service.fixed.get(name)
@@ -169,6 +189,8 @@ def make_app(
     @app.delete("/v1/models/{model:path}", response_model=replies.ModelDeleted)
     async def delete_model(model: str, caller: User) -> Any:
         """Serve a model no more; its files stay. One that was tuned: by its project."""
+        if aliases is not None and caller.scopes & {"tune", "admin"}:
+            await asyncio.to_thread(aliases.book.require_unused, model)
         is_deleted = False
         if tuned is not None and caller.scopes & {"tune", "admin"}:
             is_deleted = await tuned.delete(caller, model)
@@ -183,6 +205,8 @@ def make_app(
     @app.post("/v1/adapters", response_model=replies.ModelObject)
     async def add_adapter(body: AdapterRequest, caller: Admin) -> Any:
         """Serve an adapter under a name, in place of what had the name."""
+        if aliases is not None:
+            await asyncio.to_thread(aliases.book.require_free, body.name)
         await replica.add(body.name, check_path(root, body.path), body.mode)
         return described(body.name)
 
@@ -226,6 +250,7 @@ def make_app(
         body, content_type = metrics.render()
         return Response(body, media_type=content_type)
 
+    app.include_router(alias_routes.router(aliases))
     app.include_router(files.router(tuning.shelf if tuning else None))
     app.include_router(
         finetuning.router(
@@ -237,10 +262,15 @@ def make_app(
 
 
 @asynccontextmanager
-async def following(replica: Replica, models: TunedModels | None = None) -> AsyncIterator[None]:
+async def following(
+    replica: Replica, models: TunedModels | None = None, aliases: Aliases | None = None
+) -> AsyncIterator[None]:
     """Bring a replica to its registry, and keep it there inside the block."""
     await replica.reconcile()
     tasks = [asyncio.create_task(replica.follow())]
+    if aliases is not None:
+        await aliases.step()
+        tasks.append(asyncio.create_task(aliases.follow()))
     if models is not None:
         tasks.append(asyncio.create_task(models.follow()))
     try:

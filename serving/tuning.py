@@ -10,6 +10,8 @@ from cluster.registry import database, webhooks
 from cluster.registry.database import Database
 from cluster.registry.tables import Job
 from serving import webhook
+from serving.alias_book import AliasBook
+from serving.aliases import Aliases
 from serving.config import ServeRecipe
 from serving.courier import Courier
 from serving.dispatcher import Dispatcher
@@ -49,6 +51,18 @@ def open_tuning(
         ),
         models=TunedModels(opened, replica.service.adapters, clock=clock),
         organization=recipe.tuning.organization,
+    )
+
+
+def open_aliases(
+    opened: Database, replica: Replica, *, clock: Callable[[], float] = time.time
+) -> Aliases:
+    """The names that stand for a replica's models."""
+    base = replica.service.base.name
+    return Aliases(
+        book=AliasBook(opened, clock=clock),
+        fixed=lambda: [base, *replica.registry.entries()],
+        clock=clock,
     )
 
 

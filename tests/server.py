@@ -15,6 +15,7 @@ from openai import OpenAI
 
 from cluster import config
 from serving import inference, tuning
+from serving.aliases import Aliases
 from serving.config import ServeRecipe
 from serving.keys import Keys
 from serving.metrics import Metrics
@@ -32,6 +33,7 @@ class Running:
     client: OpenAI
     replica: Replica
     metrics: Metrics
+    aliases: Aliases
 
     def post(self, path: str, body: Any, **options: Any) -> requests.Response:
         return requests.post(f"{self.url}{path}", json=body, timeout=60, **options)
@@ -63,13 +65,15 @@ def serving(
     replica = open_replica(recipe, directory / "registry", on_step=metrics.step)
     opened = tuning.open_database(recipe, directory / "registry")
     tuned = tuning.open_tuning(recipe, opened, replica)
+    aliases = tuning.open_aliases(opened, replica)
     app = inference.make_app(
         replica,
         root=directory,
         keys=Keys.load(keys) if keys else None,
         metrics=metrics,
         tuning=tuned,
-        lifespan=lambda _: inference.following(replica, tuned.models if tuned else None),
+        aliases=aliases,
+        lifespan=lambda _: inference.following(replica, tuned.models if tuned else None, aliases),
     )
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="on"))
@@ -89,7 +93,7 @@ def serving(
             assert time.monotonic() < deadline, "the server did not start"
             time.sleep(0.02)
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-        yield Running(url, client, replica, metrics)
+        yield Running(url, client, replica, metrics, aliases)
     finally:
         stop.set()
         dispatching.join(30)

@@ -200,14 +200,14 @@ class Alias(Table):
 
     __tablename__ = "aliases"
 
+    project: Mapped[str] = mapped_column(String(64), primary_key=True)
     name: Mapped[str] = mapped_column(String(128), primary_key=True)
-    project: Mapped[str] = mapped_column(String(64), index=True)
     revision: Mapped[int]
     """Grows with every change."""
     targets: Mapped[list[Any]]
     """[{model, weight, is_shadow}]."""
     guard: Mapped[dict[str, Any] | None]
-    """When to go back by itself: error rate, evaluation."""
+    """When to go back by itself: {error_rate, min_requests}."""
     updated_at: Mapped[float]
 
 
@@ -215,11 +215,18 @@ class AliasChange(Table):
     """What an alias stood for, so that it can go back."""
 
     __tablename__ = "alias_changes"
+    __table_args__ = (
+        Index("ix_alias_changes_alias_revision", "project", "name", "revision", unique=True),
+    )
 
     number: Mapped[int] = mapped_column(_NUMBER, primary_key=True, autoincrement=True)
-    name: Mapped[str] = mapped_column(String(128), index=True)
+    project: Mapped[str] = mapped_column(String(64))
+    name: Mapped[str] = mapped_column(String(128))
     revision: Mapped[int]
+    restored: Mapped[int | None]
+    """The revision to which this one went back; null: its targets were new."""
     targets: Mapped[list[Any]]
+    """Empty: the alias was removed."""
     guard: Mapped[dict[str, Any] | None]
     reason: Mapped[str] = mapped_column(String(512))
     by: Mapped[str] = mapped_column(String(64))
@@ -232,13 +239,18 @@ class AliasCount(Table):
 
     __tablename__ = "alias_counts"
 
+    project: Mapped[str] = mapped_column(String(64), primary_key=True)
     name: Mapped[str] = mapped_column(String(128), primary_key=True)
     revision: Mapped[int] = mapped_column(primary_key=True)
     model: Mapped[str] = mapped_column(String(512), primary_key=True)
     replica: Mapped[str] = mapped_column(String(64), primary_key=True)
     span: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    """When it began."""
     requests: Mapped[int]
     errors: Mapped[int]
+    """Of the requests: those that failed by the server's fault."""
+    seconds: Mapped[float]
+    """Of all requests together."""
 
 
 class Delivery(Table):

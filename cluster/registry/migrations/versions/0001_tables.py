@@ -20,8 +20,10 @@ def upgrade() -> None:
             autoincrement=True,
             nullable=False,
         ),
+        sa.Column("project", sa.String(length=64), nullable=False),
         sa.Column("name", sa.String(length=128), nullable=False),
         sa.Column("revision", sa.Integer(), nullable=False),
+        sa.Column("restored", sa.Integer(), nullable=True),
         sa.Column("targets", _JSON, nullable=False),
         sa.Column("guard", _JSON, nullable=True),
         sa.Column("reason", sa.String(length=512), nullable=False),
@@ -29,9 +31,15 @@ def upgrade() -> None:
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("number", name=op.f("pk_alias_changes")),
     )
-    op.create_index(op.f("ix_alias_changes_name"), "alias_changes", ["name"], unique=False)
+    op.create_index(
+        "ix_alias_changes_alias_revision",
+        "alias_changes",
+        ["project", "name", "revision"],
+        unique=True,
+    )
     op.create_table(
         "alias_counts",
+        sa.Column("project", sa.String(length=64), nullable=False),
         sa.Column("name", sa.String(length=128), nullable=False),
         sa.Column("revision", sa.Integer(), nullable=False),
         sa.Column("model", sa.String(length=512), nullable=False),
@@ -39,21 +47,27 @@ def upgrade() -> None:
         sa.Column("span", sa.BigInteger(), nullable=False),
         sa.Column("requests", sa.Integer(), nullable=False),
         sa.Column("errors", sa.Integer(), nullable=False),
+        sa.Column("seconds", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint(
-            "name", "revision", "model", "replica", "span", name=op.f("pk_alias_counts")
+            "project",
+            "name",
+            "revision",
+            "model",
+            "replica",
+            "span",
+            name=op.f("pk_alias_counts"),
         ),
     )
     op.create_table(
         "aliases",
-        sa.Column("name", sa.String(length=128), nullable=False),
         sa.Column("project", sa.String(length=64), nullable=False),
+        sa.Column("name", sa.String(length=128), nullable=False),
         sa.Column("revision", sa.Integer(), nullable=False),
         sa.Column("targets", _JSON, nullable=False),
         sa.Column("guard", _JSON, nullable=True),
         sa.Column("updated_at", sa.Double(), nullable=False),
-        sa.PrimaryKeyConstraint("name", name=op.f("pk_aliases")),
+        sa.PrimaryKeyConstraint("project", "name", name=op.f("pk_aliases")),
     )
-    op.create_index(op.f("ix_aliases_project"), "aliases", ["project"], unique=False)
     op.create_table(
         "deliveries",
         sa.Column(
