@@ -5,6 +5,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -69,8 +70,7 @@ def serve(
             raise KeyboardInterrupt
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
+    _on_signals(ask_to_stop)
     with (
         session.environment(PRIVATE_RAY),
         session.connect(address, has_jobs_api=recipe.tuning is not None) as ray_session,
@@ -79,6 +79,9 @@ def serve(
 
         from serving import app
 
+        _on_signals(
+            ask_to_stop
+        )  # Ray (2.60) has put a handler of its own, which aborts, on SIGTERM
         say(f"{ray_session}; loading {recipe.model.base}")
         ray_serve.start(
             proxy_location="EveryNode",
@@ -99,6 +102,11 @@ def serve(
             ray_serve.delete("loray")  # `shutdown` alone ends the proxy under them
         finally:
             ray_serve.shutdown()
+
+
+def _on_signals(act: Callable[..., None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, act)
 
 
 def _require_free(host: str, port: int) -> None:
