@@ -35,7 +35,7 @@ def look_into(path: Path) -> Finding:
     from training import finetuning_data  # numpy, which who only wants a Finding does not need
 
     try:
-        method = _method(path)
+        method = method_of(path)
         found = finetuning_data.check(path, method=method, minimum=1, max_problems=_PROBLEMS)
     except DataError as error:
         return Finding(examples=0, details=str(error)[:_MAX_DETAILS_CHARS])
@@ -52,7 +52,7 @@ def look_into(path: Path) -> Finding:
     return Finding(examples=found.examples, details=details[:_MAX_DETAILS_CHARS])
 
 
-def _method(path: Path) -> Literal["supervised", "dpo"]:
+def method_of(path: Path) -> Literal["supervised", "dpo"]:
     """How the first line says that it is to be trained on."""
     from training import json_line
 
