@@ -12,7 +12,7 @@ import threading
 import time
 import zipfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO, UnsupportedOperation
 from pathlib import Path
@@ -682,10 +682,18 @@ def test_a_server_that_stops_takes_the_check_with_it(tmp_path: Path) -> None:
     limits = FileLimits(max_file_bytes=64 << 20)
     shelf = Shelf(opened, tmp_path / "runs", limits, time.time)
     file = shelf.put("mine", "a.jsonl", "fine-tune", LINE * 200_000)
-    children = psutil.Process().children
+
+    def checks() -> list[psutil.Process]:
+        found = []
+        for child in psutil.Process().children():
+            with suppress(psutil.Error):
+                if "serving.finding" in child.cmdline():
+                    found.append(child)
+        return found
+
     with Checking(shelf):
-        until(lambda: bool(children()))
-    assert not children()
+        until(lambda: bool(checks()))
+    assert not checks()
     assert shelf.get("mine", file.id).status == "uploaded"
     opened.close()
 
