@@ -34,8 +34,8 @@ from training.events import EventLog
 from training.memory import MemoryPlan
 from training.mirror import Mirror
 from training.model import Base
-from training.seat import Trunk
 from training.strategy import Workers
+from training.trunk import Trunk
 from training.zero import Sharded
 
 if TYPE_CHECKING:  # it is needed at the end only
