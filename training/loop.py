@@ -25,7 +25,7 @@ from training.config import TrainRecipe
 from training.events import EventLog
 from training.mirror import Mirror
 from training.model import ADAPTER, adapter_parameters
-from training.scoring import Score, score
+from training.scoring import Score, score, score_pairs
 from training.seat import Batches, Seat, Step, turn
 from training.strategy import Workers
 from training.tokens import Encoded
@@ -151,7 +151,8 @@ def _accumulate(job: Job, seat: Seat) -> bool:
         try:
             while seat.pending:
                 piece = seat.pending.popleft()
-                tokens = piece.batch.input_ids_BL.numel() if len(piece.batch.segments) > 1 else 1
+                is_divisible = len(piece.batch.segments) > job.recipe.objective.num_sequences
+                tokens = piece.batch.input_ids_BL.numel() if is_divisible else 1
                 turn(seat.trunk, [(seat, piece)])
             return is_short
         except (MemoryError, RuntimeError) as error:
@@ -182,7 +183,10 @@ def _halve(job: Job, seat: Seat, tokens: int, reason: str) -> None:
 def _scored(job: Job, seat: Seat) -> Score:
     while True:
         try:
-            return score(seat.trunk, job.eval_examples, workers=job.workers)
+            if not seat.is_dpo:
+                return score(seat.trunk, job.eval_examples, workers=job.workers)
+            beta = job.recipe.objective.beta
+            return score_pairs(seat.trunk, job.eval_examples, beta=beta, workers=job.workers)
         except (MemoryError, RuntimeError) as error:
             if not _can_begin_again(job, error):
                 raise
@@ -201,6 +205,7 @@ def _report_step(job: Job, number: int, step: Step, seconds: float) -> None:
         real_tokens=step.real_tokens,
         supervised_tokens=step.supervised_tokens,
         train_mean_token_accuracy=step.token_accuracy,
+        **(step.rewards.fields() if step.rewards is not None else {}),
         step_s=round(seconds, 4),
     )
     if not step.is_applied:
@@ -228,6 +233,7 @@ def _after_step(job: Job, seat: Seat, *, wants_stop: bool) -> None:
             loss=loss,
             is_best=is_best,
             valid_mean_token_accuracy=found.token_accuracy,
+            **(found.rewards.fields() if found.rewards is not None else {}),
             **scores,
         )
         seat.state = replace(

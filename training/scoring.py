@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from training import preference, routing
 from training.model import ADAPTER
+from training.preference import Rewards
 from training.sampler import share
 from training.strategy import Workers
 from training.tokens import Encoded
@@ -21,9 +23,12 @@ class Score:
     """An adapter's figures on held-out examples."""
 
     loss: float
-    """Mean of a supervised token."""
+    """Mean of a supervised token, or for dpo of a pair."""
     token_accuracy: float
-    """Share of the supervised tokens that were the likeliest, each after the true ones before."""
+    """Share of the supervised tokens (for dpo, of the preferred answers) that were the likeliest,
+    each after the true ones before."""
+    rewards: Rewards | None = None
+    """For dpo."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,15 +68,44 @@ def score(
     return Score(loss=loss / count, token_accuracy=hits / count)
 
 
+def score_pairs(
+    trunk: Trunk, examples: Sequence[Encoded], *, beta: float, workers: Workers
+) -> Score:
+    """Figures of the adapter of a run on preferences, as `training.preference` orders them."""
+    mine = share(examples, workers.rank, workers.size, together=2)
+    found = score_examples(trunk, mine, together=2)
+    with routing.bare(trunk.model):
+        bases = score_examples(trunk, mine, together=2)
+    gains = [base - own for own, base in zip(found.losses, bases.losses, strict=True)]
+    pairs_P2 = beta * torch.tensor(gains, dtype=torch.float64).view(-1, 2)
+    chosen_P, rejected_P = pairs_P2[:, 0], pairs_P2[:, 1]
+    counted = [float(sum(found.hits[::2])), float(sum(found.counts[::2])), float(len(mine) // 2)]
+    totals = torch.cat(
+        [
+            preference.losses(chosen_P, rejected_P).sum()[None],
+            preference.sums(chosen_P, rejected_P),
+            torch.tensor(counted, dtype=torch.float64),
+        ]
+    )
+    totals = totals.to(trunk.base.device)
+    workers.sum_([totals])
+    loss, *rewards, hits, tokens, num_pairs = totals.tolist()
+    return Score(
+        loss=loss / num_pairs,
+        token_accuracy=hits / tokens,
+        rewards=preference.means(rewards, num_pairs),
+    )
+
+
 def score_examples(
-    trunk: Trunk, examples: Sequence[Encoded], *, adapter: str = ADAPTER
+    trunk: Trunk, examples: Sequence[Encoded], *, adapter: str = ADAPTER, together: int = 1
 ) -> ExampleScores:
-    """Figures of each example under an adapter."""
+    """Figures of each example under an adapter; so many in a row share a micro-batch."""
     sums = [0.0] * len(examples)
     hits = [0] * len(examples)
     counts = [example.num_supervised for example in examples]
     trunk.model.eval()
-    for batch in layout(trunk, examples):
+    for batch in layout(trunk, examples, together=together):
         piece = Piece(batch=batch, keys=[()] * len(examples))
         spans = spans_of(piece, adapter, batch.input_ids_BL.shape[1], 0)
         with torch.no_grad(), trunk.router.use(spans), trunk.base.autocast():

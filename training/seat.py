@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import TrainingError
-from training import checkpoint, packing
+from training import checkpoint, packing, preference
 from training.checkpoint import State
 from training.config import TrainRecipe
 from training.optimizer import Optimizer, Replicated, loss_scaler
+from training.preference import Rewards
 from training.routing import Span
 from training.sampler import share
 from training.schedule import learning_rate
@@ -58,7 +59,9 @@ class Step:
     real_tokens: int
     supervised_tokens: int
     token_accuracy: float
-    """Share of the supervised tokens that were the likeliest."""
+    """Share of the supervised tokens (of dpo: of preferred answers) that were the likeliest."""
+    rewards: Rewards | None
+    """For dpo."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,7 +84,8 @@ class Seat:
     """What is left to do of the current step."""
     _batch: Sequence[tuple[int, Encoded]] = field(init=False, default=())
     _sums: Tensor = field(init=False)
-    """(2,) this worker's part of the current step's loss, and tokens that were the likeliest."""
+    """(5,) this worker's part of the current step: the mean loss, tokens that were the likeliest,
+    and `preference.sums`."""
     _initial: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -93,7 +97,7 @@ class Seat:
             workers=self.workers,
         )
         self._initial = _fingerprints(self.parameters)
-        self._sums = torch.zeros(2, dtype=torch.float32, device=base.device)
+        self._sums = torch.zeros(5, dtype=torch.float32, device=base.device)
 
     @property
     def is_done(self) -> bool:
@@ -107,15 +111,32 @@ class Seat:
         """Supervised tokens of the current step's global batch, over all workers."""
         return sum(e.num_supervised for _, e in self._batch)
 
+    @property
+    def is_dpo(self) -> bool:
+        """Whether it learns from preferences."""
+        return self.recipe.objective.kind == "dpo"
+
+    @property
+    def num_pairs(self) -> int:
+        """Preferences in the current step's global batch."""
+        return len(self._batch) // 2
+
+    @property
+    def _num_measured(self) -> int:
+        """Tokens that `token_accuracy` is of."""
+        measured = self._batch[::2] if self.is_dpo else self._batch
+        return sum(e.num_supervised for _, e in measured)
+
     def start_step(self) -> None:
         """Lay out the next global batch, or the current one afresh where it had been begun."""
         step, seed = self.state.step, self.recipe.optim.seed
         self.optimizer.zero_grad()
         self._sums.zero_()
         self._batch = self._batch or self.batches.batch(step)  # which a stream gives once
-        mine = share(self._batch, self.workers.rank, self.workers.size)
+        together = self.recipe.objective.num_sequences
+        mine = share(self._batch, self.workers.rank, self.workers.size, together=together)
         keys = [(seed, step, number) for number, _ in mine]
-        plan = layout(self.trunk, [e for _, e in mine])
+        plan = layout(self.trunk, [e for _, e in mine], together=together)
         self.pending = deque(Piece(batch=batch, keys=keys) for batch in plan)
         if self.sharded is not None and self.sharded.passes_alike:
             missing = self.workers.most(len(plan)) - len(plan)
@@ -136,7 +157,7 @@ class Seat:
             self.recipe.optim, step=self.state.step, num_steps=self.batches.num_steps
         )
         scaler = self.optimizer.scaler
-        loss, hits = self._sums.tolist()
+        loss, hits, *rewards = self._sums.tolist()
         scale = scaler.get_scale()
         if not math.isfinite(loss):
             raise self._not_finite(f"loss {loss}")
@@ -151,7 +172,8 @@ class Seat:
             scale=scale,
             real_tokens=sum(len(e.input_ids) for _, e in self._batch),
             supervised_tokens=self.num_supervised,
-            token_accuracy=hits / self.num_supervised,
+            token_accuracy=hits / self._num_measured,
+            rewards=preference.means(rewards, self.num_pairs) if self.is_dpo else None,
         )
         self.state = replace(
             self.state,
@@ -187,11 +209,19 @@ class Seat:
         """Note how many tokens of a part of the current step were the likeliest."""
         self._sums[1] += hits
 
+    def add_rewards(self, sums: Tensor) -> None:
+        """Note `preference.sums` of a part of the current step."""
+        self._sums[2:] += sums
+
     def _idle_piece(self) -> Piece:
         """Work that adds nothing, for a worker whose share is laid out in fewer micro-batches."""
-        number, shortest = min(self._batch, key=lambda entry: len(entry[1].input_ids))
-        keys = [(self.recipe.optim.seed, self.state.step, number)]
-        return Piece(batch=layout(self.trunk, [shortest])[0], keys=keys, weight=0.0)
+        together = self.recipe.objective.num_sequences
+        firsts = range(0, len(self._batch), together)
+        units = [self._batch[first : first + together] for first in firsts]
+        shortest = min(units, key=lambda unit: sum(len(e.input_ids) for _, e in unit))
+        keys = [(self.recipe.optim.seed, self.state.step, number) for number, _ in shortest]
+        plan = layout(self.trunk, [e for _, e in shortest], together=together)
+        return Piece(batch=plan[0], keys=keys, weight=0.0)
 
     def _not_finite(self, what: str) -> TrainingError:
         ids = [e.id for _, e in self._batch]
@@ -233,7 +263,8 @@ def _fingerprints(parameters: Mapping[str, Tensor]) -> dict[str, int]:
 def turn(trunk: Trunk, pieces: Sequence[tuple[Seat, Piece]]) -> None:
     """One forward and backward pass over a piece of each seat; gradients add up in their adapters.
 
-    Each seat's loss is the sum over its own tokens divided by its own count, times its own scale.
+    Each seat's loss is the sum over its own tokens divided by its own count, times its own scale;
+    or, for dpo, the sum over its own pairs divided by their number.
     """
     batch = packing.join([piece.batch for _, piece in pieces], pad_id=trunk.memory.pad_id)
     length = batch.input_ids_BL.shape[1]
@@ -243,15 +274,34 @@ def turn(trunk: Trunk, pieces: Sequence[tuple[Seat, Piece]]) -> None:
         spans += spans_of(piece, seat.adapter, length, first_row)
         first_row += len(piece.batch.input_ids_BL)
     trunk.model.train()
+    reference_N = None
+    if any(seat.is_dpo for seat, _ in pieces):
+        reference_N = preference.reference_losses(trunk, batch)
     with trunk.router.use(tuple(spans)):
         with trunk.base.autocast():
             loss_N, hit_N = trunk.objective.measure(batch)
         counts = [piece.batch.num_supervised_tokens for _, piece in pieces]
         scaled: list[Tensor] = []
-        parts = zip(pieces, loss_N.split(counts), hit_N.split(counts), strict=True)
-        for (seat, piece), part_N, hits_N in parts:
-            loss = part_N.sum() * piece.weight / seat.num_supervised
+        bases_N = (loss_N if reference_N is None else reference_N).split(counts)
+        parts = zip(pieces, loss_N.split(counts), hit_N.split(counts), bases_N, strict=True)
+        for (seat, piece), part_N, hits_N, base_N in parts:
+            if seat.is_dpo:
+                loss = _preference_loss(seat, piece, part_N, hits_N, base_N)
+            else:
+                loss = part_N.sum() * piece.weight / seat.num_supervised
+                seat.add_hits(hits_N.sum() * piece.weight)
             seat.add_loss(loss.detach())
-            seat.add_hits(hits_N.sum() * piece.weight)
             scaled.append(seat.optimizer.scaled(loss))
         torch.stack(scaled).sum().backward()
+
+
+def _preference_loss(
+    seat: Seat, piece: Piece, loss_N: Tensor, hit_N: Tensor, reference_N: Tensor
+) -> Tensor:
+    """A piece's part of the mean loss of the step's pairs; notes what else there is to tell."""
+    segments = piece.batch.segments
+    beta = seat.recipe.objective.beta
+    chosen_P, rejected_P = preference.rewards(loss_N, reference_N, segments, beta=beta)
+    seat.add_rewards(preference.sums(chosen_P, rejected_P) * piece.weight)
+    seat.add_hits(preference.chosen_hits(hit_N, segments) * piece.weight)
+    return preference.losses(chosen_P, rejected_P).sum() * piece.weight / seat.num_pairs

@@ -40,13 +40,14 @@ class Piece:
     """0 where it only keeps step with the other workers."""
 
 
-def layout(trunk: Trunk, examples: Sequence[Encoded]) -> list[MicroBatch]:
-    """Examples as micro-batches on the trunk's device."""
+def layout(trunk: Trunk, examples: Sequence[Encoded], *, together: int = 1) -> list[MicroBatch]:
+    """Examples as micro-batches on the trunk's device; so many in a row stay together."""
     batches = packing.plan(
         examples,
         micro_batch_tokens=trunk.memory.micro_batch_tokens,
         is_packed=trunk.memory.is_packed,
         pad_id=trunk.memory.pad_id,
+        together=together,
     )
     return [batch.to(trunk.base.device) for batch in batches]
 
