@@ -37,20 +37,50 @@ _RECONNECTS = 3
 _log = logging.getLogger(__name__)
 
 
-def submit(entrypoint: list[str], *, address: str, working_dir: Path) -> str:
+def submit(
+    entrypoint: list[str],
+    *,
+    address: str,
+    working_dir: Path | None,
+    job_id: str | None = None,
+) -> str:
     """Start a job that runs `entrypoint` in an uploaded copy of `working_dir`; returns its id.
 
     Our packages go along where `working_dir` does not hold them. `address` is the Jobs API, such
-    as http://127.0.0.1:8265. Raises ClusterError where the cluster cannot be reached, refuses the
+    as http://127.0.0.1:8265. job_id: an id of your own, under which nothing was submitted before.
+    Raises ClusterError where the cluster cannot be reached, refuses the
     token, or the directory is too large to upload.
     """
-    runtime_env: dict[str, Any] = {"working_dir": str(working_dir), "excludes": list(EXCLUDES)}
-    if not all((working_dir / package.name / "__init__.py").is_file() for package in PACKAGES):
+    runtime_env: dict[str, Any] = {}
+    if working_dir is not None:
+        runtime_env = {"working_dir": str(working_dir), "excludes": list(EXCLUDES)}
+    is_whole = working_dir is not None and all(
+        (working_dir / package.name / "__init__.py").is_file() for package in PACKAGES
+    )
+    if not is_whole:
         runtime_env["py_modules"] = [str(package) for package in PACKAGES]
     with _explained(address):
         return _client(address).submit_job(
-            entrypoint=shlex.join(entrypoint), runtime_env=runtime_env
+            entrypoint=shlex.join(entrypoint), runtime_env=runtime_env, submission_id=job_id
         )
+
+
+def is_alive(job_id: str, *, address: str) -> bool | None:
+    """Whether a job runs, or is about to; None where the cluster knows of none by this id."""
+    with _explained(address):
+        client = _client(address)
+        try:
+            return not client.get_job_status(job_id).is_terminal()
+        except RuntimeError as error:
+            if "does not exist" in str(error):  # Ray 2.60 answers 404 in words only
+                return None
+            raise
+
+
+def ask_to_stop(job_id: str, *, address: str) -> None:
+    """Have a job end soon (SIGTERM, then SIGKILL); nothing happens where it has ended."""
+    with _explained(address):
+        _client(address).stop_job(job_id)
 
 
 def follow(job_id: str, *, address: str) -> int:

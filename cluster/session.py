@@ -51,6 +51,8 @@ class Session:
     """GPUs that Ray may use, over all nodes."""
     num_nodes: int
     """Nodes that are alive."""
+    jobs_api: str | None = None
+    """Of a private Ray: where it takes jobs."""
 
     def __str__(self) -> str:
         where = "private Ray on this machine" if self.is_private else f"Ray at {self.address}"
@@ -58,11 +60,14 @@ class Session:
 
 
 @contextmanager
-def connect(address: str | None = None, *, num_cpus: int | None = None) -> Iterator[Session]:
+def connect(
+    address: str | None = None, *, num_cpus: int | None = None, has_jobs_api: bool = False
+) -> Iterator[Session]:
     """Connect to `address`, else to RAY_ADDRESS (which a Ray job has), else start a private Ray.
 
     `address` is host:port, or `auto` for the cluster that `ray start` started on this machine.
-    `num_cpus` is the number of CPU cores a private Ray may use; null is all of them. Inside an
+    `num_cpus` is the number of CPU cores a private Ray may use; null is all of them.
+    `has_jobs_api`: a private Ray takes jobs, on the loopback interface, with its token. Inside an
     open session, `connect()` yields that session and leaves it open. Raises ClusterError where the
     cluster cannot be reached within about 15 s, refuses the token, or cannot be started.
     """
@@ -78,7 +83,7 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> Itera
         return
     address = address or os.environ.get("RAY_ADDRESS") or None
     if address in (None, "local"):
-        with _private(num_cpus):
+        with _private(num_cpus, has_jobs_api=has_jobs_api):
             yield _report(is_private=True)
         return
     if num_cpus is not None:
@@ -212,7 +217,7 @@ def _show_token(address: str) -> None:
 
 
 @contextmanager
-def _private(num_cpus: int | None) -> Iterator[None]:
+def _private(num_cpus: int | None, *, has_jobs_api: bool) -> Iterator[None]:
     """A Ray for this process alone. Nothing is left of it: no process, no file, no setting."""
     import ray
 
@@ -249,11 +254,12 @@ def _private(num_cpus: int | None) -> Iterator[None]:
                 _init(
                     address="local",
                     num_cpus=num_cpus,
-                    include_dashboard=False,
+                    include_dashboard=has_jobs_api,
+                    dashboard_host="127.0.0.1",
                     object_store_memory=_OBJECT_STORE_BYTES,
                     _temp_dir=str(directory / "r"),  # Ray 2.60 opens it to everybody.
                 )
-                _end_idle_servers()
+                _end_idle_servers(has_jobs_api=has_jobs_api)
                 yield
             finally:
                 ray.shutdown()
@@ -262,7 +268,7 @@ def _private(num_cpus: int | None) -> Iterator[None]:
         forget_token()
 
 
-def _end_idle_servers() -> None:
+def _end_idle_servers(*, has_jobs_api: bool) -> None:
     """End the API server, which has nothing to serve, and the log monitor, which tells nobody.
 
     Ray 2.60 starts both whatever `include_dashboard` and `log_to_driver` say.
@@ -270,7 +276,8 @@ def _end_idle_servers() -> None:
     from ray._private import worker
 
     node: Any = worker._global_node
-    node.kill_dashboard()
+    if not has_jobs_api:
+        node.kill_dashboard()
     node.kill_log_monitor()
 
 
@@ -289,14 +296,17 @@ def _init(**options: Any) -> None:
 
 def _report(*, is_private: bool) -> Session:
     import ray
+    from ray._private import worker
 
     resources = ray.cluster_resources()
+    url = worker.get_dashboard_url() if is_private else None
     return Session(
         address=ray.get_runtime_context().gcs_address,
         is_private=is_private,
         num_cpus=int(resources.get("CPU", 0)),
         num_gpus=int(resources.get("GPU", 0)),
         num_nodes=sum(bool(node["Alive"]) for node in ray.nodes()),
+        jobs_api=f"http://{url}" if url else None,
     )
 
 

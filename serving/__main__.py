@@ -5,6 +5,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,8 @@ ServeFile = Annotated[
 ]
 
 
+_JOBS_API = "http://127.0.0.1:8265"
+"""Of a cluster whose head is this machine."""
 PRIVATE_RAY = {
     # Ray (2.60) runs workers at niceness 15, so that clients on this machine would slow the engine.
     "RAY_worker_niceness": "0",
@@ -67,13 +70,18 @@ def serve(
             raise KeyboardInterrupt
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
-    with session.environment(PRIVATE_RAY), session.connect(address) as ray_session:
+    _on_signals(ask_to_stop)
+    with (
+        session.environment(PRIVATE_RAY),
+        session.connect(address, has_jobs_api=recipe.tuning is not None) as ray_session,
+    ):
         from ray import serve as ray_serve
 
         from serving import app
 
+        _on_signals(
+            ask_to_stop
+        )  # Ray (2.60) has put a handler of its own, which aborts, on SIGTERM
         say(f"{ray_session}; loading {recipe.model.base}")
         ray_serve.start(
             proxy_location="EveryNode",
@@ -81,13 +89,24 @@ def serve(
         )
         try:
             ray_serve.run(app.build(recipe, directory, root), name="loray", route_prefix="/")
+            if recipe.tuning is not None:
+                jobs_api = recipe.tuning.jobs_api or ray_session.jobs_api or _JOBS_API
+                tuner = app.build_tuner(recipe, directory, jobs_api)
+                ray_serve.run(tuner, name="loray-jobs", route_prefix=None)
             url = f"http://{recipe.http.host}:{recipe.http.port}/v1"
             say(f"serving {recipe.model_name} at {url} after {time.perf_counter() - started:.0f} s")
             stop.wait()
             say("stopping: answers that run may end; Ctrl-C again stops at once")
+            if recipe.tuning is not None:
+                ray_serve.delete("loray-jobs")
             ray_serve.delete("loray")  # `shutdown` alone ends the proxy under them
         finally:
             ray_serve.shutdown()
+
+
+def _on_signals(act: Callable[..., None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, act)
 
 
 def _require_free(host: str, port: int) -> None:

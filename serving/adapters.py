@@ -113,6 +113,10 @@ class Adapters:
         # Whoever asked may go; half an adapter must not stay.
         return await asyncio.shield(self._load(name, directory, is_new=True))
 
+    def know(self, name: str, directory: Path) -> None:
+        """Let an adapter in under a name; it is proved and loaded when it is first asked for."""
+        self._paths.setdefault(name, directory)
+
     async def remove(self, name: str) -> None:
         """Forget a name; answers that run end as they began."""
         self._paths.pop(name, None)

@@ -1,5 +1,8 @@
 """The shell under Ray Serve: one deployment, whose replicas each hold an engine."""
 
+import os
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,12 @@ class Server:
         self._replica = open_replica(recipe, Path(directory), on_step=self._metrics.step)
         self._keys = Keys.load(Path(recipe.keys_file)) if recipe.keys_file else None
         self._root = Path(root)
+        self._tuning = None
+        if recipe.tuning is not None:
+            from serving import tuning
+
+            opened = tuning.open_database(recipe, Path(directory))
+            self._tuning = tuning.open_tuning(recipe, opened, self._replica)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application, once the base is loaded (Ray Serve 2.60 calls this)."""
@@ -43,13 +52,58 @@ class Server:
             root=self._root,
             keys=self._keys,
             metrics=self._metrics,
-            lifespan=lambda _: inference.following(self._replica),
+            tuning=self._tuning,
+            lifespan=lambda _: inference.following(
+                self._replica, self._tuning.models if self._tuning else None
+            ),
         )
 
     def check_health(self) -> None:
         """Have Serve replace a replica whose engine is dead."""
         if not self._replica.service.is_healthy():
             raise RuntimeError("the engine is dead")
+
+
+@serve.deployment
+class Tuner:
+    """Takes fine-tuning jobs to their ends; Serve starts it again where it dies."""
+
+    def __init__(self, tree: dict[str, Any], directory: str, jobs_api: str) -> None:
+        """tree: a ServeRecipe as plain data. directory: of the registry."""
+        from serving import tuning
+        from serving.ray_runs import RayRuns
+
+        recipe = config.build(ServeRecipe, tree, where="serve")
+        opened = tuning.open_database(recipe, Path(directory))
+        self._stop = threading.Event()
+        dispatcher = tuning.open_dispatcher(
+            recipe, opened, RayRuns(jobs_api), holder=f"{socket.gethostname()}-{os.getpid()}"
+        )
+        self._thread = threading.Thread(
+            target=dispatcher.run, args=(self._stop,), name="dispatcher", daemon=True
+        )
+        self._thread.start()
+
+    def check_health(self) -> None:
+        """Have Serve replace one whose loop has ended."""
+        if not self._thread.is_alive():
+            raise RuntimeError("the dispatcher has ended")
+
+    def __del__(self) -> None:
+        """Serve's word that the replica is to end: let another take over at once."""
+        if hasattr(self, "_thread"):
+            self._stop.set()
+            self._thread.join(5)
+
+
+def build_tuner(recipe: ServeRecipe, directory: Path, jobs_api: str) -> Application:
+    """The application that dispatches fine-tuning jobs. It answers no requests."""
+    tuner: Any = Tuner
+    return tuner.options(
+        num_replicas=1,
+        health_check_period_s=_HEALTH_PERIOD_S,
+        ray_actor_options={"num_cpus": 0},
+    ).bind(config.plain(recipe), str(directory), jobs_api)
 
 
 def build(recipe: ServeRecipe, directory: Path, root: Path) -> Application:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from cluster import config
 from cluster.errors import ConfigError
+from serving.tuning_config import TuningConfig
 from training.config import ModelConfig
 
 Mode = Literal["auto", "live", "merged"]
@@ -123,6 +124,11 @@ class ServeRecipe:
     """Directory in which adapters that are added over HTTP must lie."""
     registry: str | None = None
     """Directory that remembers what is served; null: `.loray/serve` beside the file."""
+    database: str | None = None
+    """URL of the registry of keys, files, jobs and models, sqlite:// or postgresql://; null: a
+    SQLite file in the directory of `registry`. Replicas on several nodes need PostgreSQL."""
+    tuning: TuningConfig | None = None
+    """Fine-tuning over HTTP; null: off."""
     http: HttpConfig = field(default_factory=HttpConfig)
     limits: Limits = field(default_factory=Limits)
     keys_file: str | None = None
@@ -177,6 +183,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> ServeRecipe:
         adapters=tuple(replace(a, path=_absolute(a.path)) for a in recipe.adapters),
         adapters_root=_absolute(recipe.adapters_root),
         keys_file=_absolute(keys) if keys is not None else None,
+        tuning=recipe.tuning and replace(recipe.tuning, storage=_absolute(recipe.tuning.storage)),
     )
 
 

@@ -4,49 +4,38 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import __version__
-from serving import problems, replies
+from serving import files, finetuning, problems, replies
+from serving.access import Admin, Caller, Infer, User
 from serving.answering import Answering
 from serving.config import NAME
 from serving.grammar import Grammars
-from serving.keys import Key, Keys
+from serving.job_book import JobBook
+from serving.keys import Keys
 from serving.metrics import Metrics
 from serving.replica import Replica, check_path
 from serving.schema import ChatRequest, CompletionRequest
 from serving.service import Served
-
-_ANYONE = ""
-"""The key of requests where none is asked for."""
-
-
-def _user(request: Request) -> Key | None:
-    keys: Keys | None = request.app.state.keys
-    return keys.check(request.headers.get("authorization")) if keys else None
+from serving.shelf import Shelf
+from serving.tuned_models import Tuned, TunedModels
 
 
-def _admin(key: Annotated[Key | None, Depends(_user)]) -> Key | None:
-    if key is not None:
-        key.require_role("admin")
-    return key
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tuning:
+    """What a replica needs for the files and the fine-tuning API."""
 
-
-User: TypeAlias = Annotated[Key | None, Depends(_user)]
-Admin: TypeAlias = Annotated[Key | None, Depends(_admin)]
-
-
-def _allow(key: Key | None, model: str) -> str:
-    """The id of a key that opens a model."""
-    if key is None:
-        return _ANYONE
-    key.require_model(model)
-    return key.id
+    shelf: Shelf
+    book: JobBook
+    models: TunedModels
+    organization: str
 
 
 class AdapterRequest(BaseModel):
@@ -74,10 +63,12 @@ def make_app(
     root: Path,
     keys: Keys | None,
     metrics: Metrics,
+    tuning: Tuning | None = None,
     lifespan: Callable[[FastAPI], Any] | None = None,
 ) -> FastAPI:
     """The application over a replica. root: where adapters that come over HTTP must lie."""
     service = replica.service
+    tuned = tuning.models if tuning else None
     app = FastAPI(
         title="LoRay",
         version=__version__,
@@ -86,7 +77,11 @@ def make_app(
         redoc_url=None,
         lifespan=lifespan,
     )
-    problems.install(app, max_body_bytes=replica.recipe.http.max_body_bytes)
+    problems.install(
+        app,
+        max_body_bytes=replica.recipe.http.max_body_bytes,
+        longer=files.body_limits(tuning.shelf.limits) if tuning else None,
+    )
     answering = Answering(
         service=service,
         grammars=_Tokenizers(),
@@ -96,17 +91,27 @@ def make_app(
 
     app.state.keys = keys
 
+    async def resolve(caller: Caller, name: str) -> None:
+        """Have a model that the caller may use ready. Raises ApiError (404)."""
+        if not caller.may_use(name):
+            raise problems.model_not_found(name)
+        is_tuned = tuned is not None and (tuned.is_known(name) or name not in service.names())
+        if tuned is not None and is_tuned and await tuned.find(caller, name) is None:
+            raise problems.model_not_found(name)
+
     @app.post("/v1/chat/completions", response_model=replies.ChatCompletion)
-    async def chat(body: ChatRequest, request: Request, key: User) -> Response:
+    async def chat(body: ChatRequest, request: Request, caller: Infer) -> Response:
         """Answer a conversation."""
         with metrics.request("chat", body.model):
-            return await answering.chat(body, request, key=_allow(key, body.model))
+            await resolve(caller, body.model)
+            return await answering.chat(body, request, key=caller.key_id)
 
     @app.post("/v1/completions", response_model=replies.TextCompletion)
-    async def complete(body: CompletionRequest, request: Request, key: User) -> Response:
+    async def complete(body: CompletionRequest, request: Request, caller: Infer) -> Response:
         """Continue texts."""
         with metrics.request("completions", body.model):
-            return await answering.complete(body, request, key=_allow(key, body.model))
+            await resolve(caller, body.model)
+            return await answering.complete(body, request, key=caller.key_id)
 
     def described(name: str) -> replies.ModelObject:
         fixed = service.fixed.get(name)
@@ -115,47 +120,74 @@ def make_app(
             whole = replies.base_object(name, created=fixed.created, owned_by=owner)
             return whole if fixed.parent is None else {**whole, "parent": fixed.parent}
         entry = replica.registry.entries().get(name)
-        loaded = service.adapters.loaded.get(name)
         if entry is None:
             raise problems.model_not_found(name)
         return replies.adapter_object(
             name,
             base=service.base.name,
-            rank=loaded.rank if loaded else 0,
+            rank=rank_of(name),
             created=entry.created,
             owned_by=owner,
         )
 
+    def rank_of(name: str) -> int:
+        loaded = service.adapters.loaded.get(name)
+        return loaded.rank if loaded else 0
+
+    def described_tuned(model: Tuned) -> replies.ModelObject:
+        return replies.adapter_object(
+            model.name,
+            base=model.base,
+            rank=rank_of(model.name),
+            created=model.created,
+            owned_by=model.project,
+        )
+
+    def own_names() -> list[str]:
+        """What is served to everybody: the base, and what the operator added."""
+        return [n for n in service.names() if tuned is None or not tuned.is_known(n)]
+
     @app.get("/v1/models", response_model=replies.ModelList)
-    async def list_models(key: User) -> Any:
+    async def list_models(caller: User) -> Any:
         """All models that the key may use."""
-        names = [n for n in service.names() if key is None or key.may_use(n)]
-        return {"object": "list", "data": [described(name) for name in names]}
+        rows = [described(name) for name in own_names() if caller.may_use(name)]
+        if tuned is not None:
+            found = await tuned.list_(caller)
+            rows += [described_tuned(model) for model in found if caller.may_use(model.name)]
+        return {"object": "list", "data": rows}
 
     @app.get("/v1/models/{model:path}", response_model=replies.ModelObject)
-    async def retrieve_model(model: str, key: User) -> Any:
+    async def retrieve_model(model: str, caller: User) -> Any:
         """One model."""
-        if model not in service.names() or (key is not None and not key.may_use(model)):
+        if caller.may_use(model) and model in own_names():
+            return described(model)
+        found = await tuned.find(caller, model) if tuned and caller.may_use(model) else None
+        if found is None:
             raise problems.model_not_found(model)
-        return described(model)
+        return described_tuned(found)
 
     @app.delete("/v1/models/{model:path}", response_model=replies.ModelDeleted)
-    async def delete_model(model: str, key: Admin) -> Any:
-        """Serve an adapter no more; its files stay."""
-        if model == service.base.name:
-            raise problems.forbidden("The base model cannot be deleted.", param="model")
-        if not await replica.remove(model):
-            raise problems.model_not_found(model)
+    async def delete_model(model: str, caller: User) -> Any:
+        """Serve a model no more; its files stay. One that was tuned: by its project."""
+        is_deleted = False
+        if tuned is not None and caller.scopes & {"tune", "admin"}:
+            is_deleted = await tuned.delete(caller, model)
+        if not is_deleted:
+            caller.require("admin")
+            if model == service.base.name:
+                raise problems.forbidden("The base model cannot be deleted.", param="model")
+            if model not in own_names() or not await replica.remove(model):
+                raise problems.model_not_found(model)
         return {"id": model, "object": "model", "deleted": True}
 
     @app.post("/v1/adapters", response_model=replies.ModelObject)
-    async def add_adapter(body: AdapterRequest, key: Admin) -> Any:
+    async def add_adapter(body: AdapterRequest, caller: Admin) -> Any:
         """Serve an adapter under a name, in place of what had the name."""
         await replica.add(body.name, check_path(root, body.path), body.mode)
         return described(body.name)
 
     @app.post("/v1/adapters/{name:path}/mode", response_model=replies.ModelObject)
-    async def switch_mode(name: str, body: ModeRequest, key: Admin) -> Any:
+    async def switch_mode(name: str, body: ModeRequest, caller: Admin) -> Any:
         """Serve an adapter live or merged from now on."""
         if name not in replica.registry.entries():
             raise problems.model_not_found(name)
@@ -163,7 +195,7 @@ def make_app(
         return described(name)
 
     @app.get("/v1/adapters")
-    async def list_adapters(key: Admin) -> dict[str, Any]:
+    async def list_adapters(caller: Admin) -> dict[str, Any]:
         """What is to be served, what is in memory, and what was refused."""
         loaded = service.adapters.loaded
         return {
@@ -188,24 +220,34 @@ def make_app(
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
-    async def render_metrics(key: User) -> Response:
+    async def render_metrics(caller: User) -> Response:
         """For Prometheus."""
         metrics.observe(service)
         body, content_type = metrics.render()
         return Response(body, media_type=content_type)
 
+    app.include_router(files.router(tuning.shelf if tuning else None))
+    app.include_router(
+        finetuning.router(
+            tuning.book if tuning else None,
+            organization=tuning.organization if tuning else "",
+        )
+    )
     return app
 
 
 @asynccontextmanager
-async def following(replica: Replica) -> AsyncIterator[None]:
+async def following(replica: Replica, models: TunedModels | None = None) -> AsyncIterator[None]:
     """Bring a replica to its registry, and keep it there inside the block."""
     await replica.reconcile()
-    task = asyncio.create_task(replica.follow())
+    tasks = [asyncio.create_task(replica.follow())]
+    if models is not None:
+        tasks.append(asyncio.create_task(models.follow()))
     try:
         yield
     finally:
-        task.cancel()
+        for task in tasks:
+            task.cancel()
 
 
 class _Tokenizers:

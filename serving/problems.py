@@ -5,6 +5,7 @@ bodies that do not validate, routes that do not exist, and bugs, of which a clie
 but that there was one.
 """
 
+import asyncio
 import json
 import logging
 import math
@@ -12,6 +13,7 @@ import re
 import traceback
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, Literal
 
@@ -27,10 +29,18 @@ from typing_extensions import TypedDict  # pydantic takes typing's from Python 3
 from cluster.errors import LorayError
 
 MAX_MESSAGE_CHARS = 2000
+RECEIVED = "loray.received"
+"""An extension of ASGI between this layer and `serving.front`, and the type of its messages: how
+many bytes of a body have been taken. Serve's proxy would go on reading, whether they are or not."""
 GONE = 499
 """Status of a request whose client went before its answer came (nginx's)."""
 _MAX_SHOWN_CHARS = 80
 _MAX_RETRY_AFTER_S = 3600
+_SHORT_BYTES = 64 << 10
+"""A body that is read to its end even where it is refused, so that the connection stays."""
+_TELL_BYTES = 1 << 20
+_LINGER_S = 1.0
+_LINGER_BYTES = 16 << 20
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _UNREAD_BODY = "There was an error parsing the body"
@@ -201,17 +211,20 @@ def of_exception(error: Exception) -> tuple[int, ErrorBody, dict[str, str]]:
     return known.status, body, headers
 
 
-def install(app: FastAPI, *, max_body_bytes: int) -> None:
+def install(
+    app: FastAPI, *, max_body_bytes: int, longer: Mapping[tuple[str, str], int] | None = None
+) -> None:
     """Make every error of this app an error object and give every response `x-request-id`.
 
     Bodies beyond `max_body_bytes` are answered with 413, unread where their length is declared.
+    longer: limits of the routes, by method and path, that take longer ones.
     """
     for kind in (HTTPException, RequestValidationError, ValidationError, LorayError, Exception):
         app.add_exception_handler(kind, _respond)
 
     def build_middleware_stack() -> ASGIApp:
         inner = FastAPI.build_middleware_stack(app)
-        return RequestId(_BodyLimit(_Shield(inner), max_body_bytes))
+        return RequestId(_BodyLimit(_Shield(inner), max_body_bytes, longer or {}))
 
     # `add_middleware` would put these inside the layer that answers bugs.
     app.build_middleware_stack = build_middleware_stack
@@ -244,29 +257,94 @@ class RequestId:
 
 
 class _BodyLimit:
-    """ASGI layer that reads no more of a body than is allowed."""
+    """ASGI layer that reads no more of a body than is allowed.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    Where an error is answered before a long body is at its end, the connection is closed: a client
+    that goes on sending would be listened to until it ends. What it sends for a moment longer is
+    read and dropped, or the system would reset the connection under the answer.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, longer: Mapping[tuple[str, str], int]) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._longer = longer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        declared = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
-        if declared.isdigit() and int(declared) > self._max_bytes:
-            status, body, headers = of_exception(too_large(self._max_bytes))
-            await JSONResponse(body, status, headers)(scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
             return
-        num_bytes = 0
+        max_bytes = self._longer.get((scope["method"], scope["path"]), self._max_bytes)
+        is_counted = RECEIVED in (scope.get("extensions") or {})
+        body = _Body(Headers(scope=scope), receive, send if is_counted else None)
+        sending = _Closing(body, send)
+        if body.declared_bytes > max_bytes:
+            status, answer, headers = of_exception(too_large(max_bytes))
+            await JSONResponse(answer, status, headers)(scope, receive, sending)
+            return
 
         async def counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_bytes:
-                raise too_large(self._max_bytes)
+            message = await body.receive()
+            if body.num_bytes > max_bytes:
+                raise too_large(max_bytes)
             return message
 
-        await self._app(scope, counted, send)
+        await self._app(scope, counted, sending)
+
+
+class _Body:
+    """How much of a request's body has come, and whether more is to come."""
+
+    def __init__(self, headers: Headers, receive: Receive, tell: Send | None) -> None:
+        """tell: is sent RECEIVED now and then."""
+        declared = headers.get("content-length", "")
+        self.declared_bytes = int(declared) if declared.isdigit() else 0
+        is_chunked = "transfer-encoding" in headers
+        self._receive = receive
+        self._tell = tell
+        self._told_bytes = 0
+        self.num_bytes = 0
+        self.is_long = is_chunked or self.declared_bytes > _SHORT_BYTES
+        self.is_whole = not is_chunked and self.declared_bytes == 0
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self.num_bytes += len(message.get("body", b""))
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            self.is_whole = True
+        elif self._tell is not None and self.num_bytes - self._told_bytes >= _TELL_BYTES:
+            self._told_bytes = self.num_bytes
+            await self._tell({"type": RECEIVED, "num_bytes": self.num_bytes})
+        return message
+
+    async def drop(self) -> None:
+        """Read on for a moment."""
+        most = self.num_bytes + _LINGER_BYTES
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_S):
+                while not self.is_whole and self.num_bytes < most:
+                    await self.receive()
+
+
+class _Closing:
+    """A `send` that closes the connection after an error while a long body still comes."""
+
+    def __init__(self, body: _Body, send: Send) -> None:
+        self._body = body
+        self._send = send
+        self._closes = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            is_coming = self._body.is_long and not self._body.is_whole
+            self._closes = message["status"] >= 400 and is_coming
+            if self._closes:
+                message.setdefault("headers", [])
+                MutableHeaders(scope=message)["connection"] = "close"
+        elif self._closes and not message.get("more_body", False):
+            await self._send({**message, "more_body": True})
+            await self._body.drop()
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self._send(message)
 
 
 class _Shield:

@@ -14,11 +14,12 @@ from local_cluster import free_port
 from openai import OpenAI
 
 from cluster import config
-from serving import inference
+from serving import inference, tuning
 from serving.config import ServeRecipe
 from serving.keys import Keys
 from serving.metrics import Metrics
 from serving.replica import Replica, open_replica
+from serving.runner import Runner
 
 _START_S = 60.0
 
@@ -38,9 +39,17 @@ class Running:
 
 @contextmanager
 def serving(
-    directory: Path, base: Path, *, keys: Path | None = None, **sections: Any
+    directory: Path,
+    base: Path,
+    *,
+    keys: Path | None = None,
+    runner: Runner | None = None,
+    **sections: Any,
 ) -> Iterator[Running]:
-    """Serve a base directory; `sections` of the serving file win over the defaults."""
+    """Serve a base directory; `sections` of the serving file win over the defaults.
+
+    runner: runs the fine-tuning jobs, where there is a section `tuning`; None: nothing does.
+    """
     tree = {
         "model": {"base": str(base), "quantization": "none"},
         "limits": {
@@ -52,17 +61,26 @@ def serving(
     recipe = config.build(ServeRecipe, tree, where="serve")
     metrics = Metrics(known=[recipe.model_name])
     replica = open_replica(recipe, directory / "registry", on_step=metrics.step)
+    opened = tuning.open_database(recipe, directory / "registry")
+    tuned = tuning.open_tuning(recipe, opened, replica)
     app = inference.make_app(
         replica,
         root=directory,
         keys=Keys.load(keys) if keys else None,
         metrics=metrics,
-        lifespan=lambda _: inference.following(replica),
+        tuning=tuned,
+        lifespan=lambda _: inference.following(replica, tuned.models if tuned else None),
     )
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="on"))
     thread = threading.Thread(target=server.run)
     thread.start()
+    stop = threading.Event()
+    dispatching = threading.Thread(target=lambda: None)
+    if runner is not None:
+        dispatcher = tuning.open_dispatcher(recipe, opened, runner, holder="test")
+        dispatching = threading.Thread(target=dispatcher.run, args=(stop,))
+    dispatching.start()
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + _START_S
@@ -73,9 +91,12 @@ def serving(
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
         yield Running(url, client, replica, metrics)
     finally:
+        stop.set()
+        dispatching.join(30)
         server.should_exit = True
         thread.join(30)
         replica.close()
+        opened.close()
         assert not thread.is_alive(), "the server does not end"
 
 

@@ -12,7 +12,7 @@ from schemathesis import GenerationMode
 from server import Running, serving
 from test_training_adapter import make_adapter
 
-OPERATIONS = 10
+OPERATIONS = 23
 """That the API has; more is good news for this number."""
 
 
@@ -20,7 +20,9 @@ OPERATIONS = 10
 def running(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[Running]:
     directory = tmp_path_factory.mktemp("openapi")
     first = make_adapter(directory / "first", tiny_base, seed=1)
-    with serving(directory, tiny_base, adapters=[{"name": "first", "path": str(first)}]) as server:
+    tuning = {"storage": str(directory / "runs")}
+    adapters = [{"name": "first", "path": str(first)}]
+    with serving(directory, tiny_base, adapters=adapters, tuning=tuning) as server:
         yield server
 
 

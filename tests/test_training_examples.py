@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from cluster.errors import DataError
-from training import examples
+from training import sources
 from training.examples import BadRow, Example, Message, read, stream
 
 USER = {"role": "user", "content": "What is 2 + 2?"}
@@ -102,8 +102,8 @@ def test_sharegpt_names_of_speakers_are_known(tmp_path: Path) -> None:
     [
         ({"messages": [USER]}, r"no assistant turn to learn from \(roles: user\)"),
         ({"messages": []}, "messages is empty; expected a list of turns"),
-        ({"messages": "hello"}, r"messages is text 'hello'; expected a list"),
-        ({"messages": ["hello"]}, r"messages\[0\] is text 'hello'; expected an object"),
+        ({"messages": "hello"}, r"messages is text; expected a list"),
+        ({"messages": ["hello"]}, r"messages\[0\] is text; expected an object"),
         (
             {"messages": [{"role": "robot", "content": "x"}]},
             r"unknown role 'robot'; allowed: system, user",
@@ -122,13 +122,28 @@ def test_sharegpt_names_of_speakers_are_known(tmp_path: Path) -> None:
         ),
         (
             {"messages": [{**USER, "content": [{"type": "image_url"}]}, ANSWER]},
-            "of type image_url; only text",
+            "of type 'image_url'; only text",
         ),
-        ({"messages": [USER, {**ANSWER, "tool_calls": [{}]}]}, "tool_calls is not supported"),
+        (
+            {"messages": [USER, {**ANSWER, "tool_calls": [{}]}]},
+            r"messages\[1\].tool_calls\[0\].function is nothing; expected an object",
+        ),
+        ({"messages": [USER, {**ANSWER, "audio": {"id": "a"}}]}, "audio is not supported"),
+        (
+            {"messages": [USER, {**ANSWER, "contents": "x"}]},
+            r"unknown key 'contents' in an assistant turn. Did you mean 'content'\? Valid: role,",
+        ),
+        ({"messages": [{**USER, "tool_call_id": "1"}, ANSWER]}, "unknown key 'tool_call_id'"),
+        ({"messages": [USER, {"role": "assistant"}]}, r"messages\[1\] has no 'content' \(keys"),
         ({"messages": [USER, {**ANSWER, "weight": 2}]}, "weight is 2; allowed: 0 or 1"),
         ({"messages": [USER, {**ANSWER, "weight": True}]}, "weight is True; allowed: 0 or 1"),
         ({"messages": [{**USER, "weight": 1}, ANSWER]}, "weight stands on a user turn"),
-        ({**CHAT, "tools": [{}]}, "'tools' is not supported"),
+        ({**CHAT, "tools": [{}]}, r"tools\[0\].type is nothing; only 'function' is supported"),
+        ({**CHAT, "history": ["x"]}, "'history' is not supported"),
+        (
+            {"input": {"messages": [USER]}, "preferred_output": [ANSWER]},
+            "a preference .* set objective.kind: dpo",
+        ),
         (
             {"conversations": [{"from": "alien", "value": "x"}]},
             "unknown role 'alien'; allowed: human",
@@ -332,9 +347,9 @@ def test_the_fingerprint_is_of_the_contents_not_of_the_name(tmp_path: Path) -> N
     first = write(tmp_path / "a.jsonl", PAIR)
     same = write(tmp_path / "b.jsonl", PAIR)
     other = write(tmp_path / "c.jsonl", {**PAIR, "completion": "5"})
-    assert read(first).fingerprint == examples.fingerprint(same)
-    assert examples.fingerprint(first) != examples.fingerprint(other)
-    assert examples.fingerprint((first, other)) != examples.fingerprint((other, first))
+    assert read(first).fingerprint == sources.fingerprint(same)
+    assert sources.fingerprint(first) != sources.fingerprint(other)
+    assert sources.fingerprint((first, other)) != sources.fingerprint((other, first))
 
 
 def test_a_stream_is_lazy(tmp_path: Path) -> None:

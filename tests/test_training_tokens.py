@@ -13,7 +13,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from cluster.errors import DataError, ModelError
 from training.examples import BadRow, Example, Message
 from training.special_ids import check_special_ids, choose_pad_id, stop_ids
-from training.tokens import IGNORE, Encoded, Encoder, Mask, Template
+from training.templates import Template
+from training.tokens import IGNORE, Encoded, Encoder, Mask
 
 START, END, PAD = 256, 257, 258
 

@@ -96,6 +96,11 @@ def save(
     return final
 
 
+def adapter_directory(run_dir: Path, step: int) -> Path:
+    """Where the adapter of a checkpoint is kept (`checkpoint.keep_adapters`)."""
+    return run_dir / "adapters" / f"step-{step:06d}"
+
+
 def step_of(path: Path) -> int:
     """The step of a checkpoint's directory."""
     return int(path.name.removeprefix("step-"))
@@ -272,7 +277,7 @@ def _require_step(path: Path, step: int) -> None:
 
 def clean(run_dir: Path) -> None:
     """Remove what earlier attempts left behind that were killed while they saved."""
-    for place in (run_dir, run_dir / "checkpoints"):
+    for place in (run_dir, run_dir / "checkpoints", run_dir / "adapters"):
         if place.is_dir():
             storage.clean_leftovers(place)
 

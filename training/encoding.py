@@ -66,10 +66,11 @@ def blocks(
 
 
 def encode(rows: Rows, encoder: Encoder) -> Block:
-    """Rows as one block; a bad row stays one."""
-    done: list[Encoded | BadRow] = [
-        encoder.try_encode(row) if isinstance(row, Example) else row for row in rows
-    ]
+    """Rows as one block; a bad row stays one, and a preference becomes two examples."""
+    done: list[Encoded | BadRow] = []
+    for row in rows:
+        found = encoder.encode_row(row) if isinstance(row, Example) else row
+        done += [found] if isinstance(found, BadRow) else found
     return token_files.pack(done)
 
 

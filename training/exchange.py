@@ -60,7 +60,7 @@ class Encoders:
         ]
 
     def _require_same(self, rows: Sequence[Example]) -> None:
-        text = "\0".join(f"{row.id}\0{row.text}\0{row.messages}" for row in rows)
+        text = "\0".join(f"{row.id}\0{row.text}\0{row.messages}\0{row.tools}" for row in rows)
         about = np.array([len(rows), zlib.crc32(text.encode())], np.int64)
         if (self._sum(about) != self.workers.size * about).any():
             raise DataError(

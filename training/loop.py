@@ -18,16 +18,18 @@ from typing import Any
 
 import torch
 
-from cluster import storage
+from cluster import ownership, storage
 from training import checkpoint, memory
 from training.checkpoint import State
 from training.config import TrainRecipe
 from training.events import EventLog
 from training.mirror import Mirror
 from training.model import ADAPTER, adapter_parameters
-from training.seat import Batches, Seat, Step, Trunk, eval_loss, turn
+from training.scoring import Score, score, score_pairs
+from training.seat import Batches, Seat, Step, turn
 from training.strategy import Workers
 from training.tokens import Encoded
+from training.trunk import Trunk
 from training.zero import Sharded
 
 log = logging.getLogger(__name__)
@@ -149,7 +151,8 @@ def _accumulate(job: Job, seat: Seat) -> bool:
         try:
             while seat.pending:
                 piece = seat.pending.popleft()
-                tokens = piece.batch.input_ids_BL.numel() if len(piece.batch.segments) > 1 else 1
+                is_divisible = len(piece.batch.segments) > job.recipe.objective.num_sequences
+                tokens = piece.batch.input_ids_BL.numel() if is_divisible else 1
                 turn(seat.trunk, [(seat, piece)])
             return is_short
         except (MemoryError, RuntimeError) as error:
@@ -177,10 +180,13 @@ def _halve(job: Job, seat: Seat, tokens: int, reason: str) -> None:
         torch.cuda.empty_cache()
 
 
-def _eval_loss(job: Job, seat: Seat) -> float:
+def _scored(job: Job, seat: Seat) -> Score:
     while True:
         try:
-            return eval_loss(seat.trunk, job.eval_examples, workers=job.workers)
+            if not seat.is_dpo:
+                return score(seat.trunk, job.eval_examples, workers=job.workers)
+            beta = job.recipe.objective.beta
+            return score_pairs(seat.trunk, job.eval_examples, beta=beta, workers=job.workers)
         except (MemoryError, RuntimeError) as error:
             if not _can_begin_again(job, error):
                 raise
@@ -198,6 +204,8 @@ def _report_step(job: Job, number: int, step: Step, seconds: float) -> None:
         grad_norm=step.grad_norm,
         real_tokens=step.real_tokens,
         supervised_tokens=step.supervised_tokens,
+        train_mean_token_accuracy=step.token_accuracy,
+        **(step.rewards.fields() if step.rewards is not None else {}),
         step_s=round(seconds, 4),
     )
     if not step.is_applied:
@@ -215,10 +223,19 @@ def _after_step(job: Job, seat: Seat, *, wants_stop: bool) -> None:
     step = seat.state.step
     is_best = False
     if len(job.eval_examples) and (seat.is_done or (every and step % every == 0)):
-        loss = _eval_loss(job, seat)
+        found = _scored(job, seat)
+        loss = found.loss
         is_best = seat.state.best_loss is None or loss < seat.state.best_loss
         scores = job.scores() if job.workers.is_first else {}
-        job.report("eval", step=step, loss=loss, is_best=is_best, **scores)
+        job.report(
+            "eval",
+            step=step,
+            loss=loss,
+            is_best=is_best,
+            valid_mean_token_accuracy=found.token_accuracy,
+            **(found.rewards.fields() if found.rewards is not None else {}),
+            **scores,
+        )
         seat.state = replace(
             seat.state,
             best_loss=loss if is_best else seat.state.best_loss,
@@ -241,6 +258,8 @@ def _save(job: Job, seat: Seat) -> None:
             attempt=job.attempt,
             info=job.info,
         )
+        if job.recipe.checkpoint.keep_adapters:
+            _keep_adapter(job, path, seat.state.step)
         keep = job.recipe.checkpoint.keep
         checkpoint.prune(job.run_dir, keep=keep, best_step=seat.state.best_step)
         if job.mirror is not None:
@@ -249,6 +268,19 @@ def _save(job: Job, seat: Seat) -> None:
         if job.mirror is not None:
             job.mirror.flush()
     job.workers.wait()
+
+
+def _keep_adapter(job: Job, path: Path, step: int) -> None:
+    final = checkpoint.adapter_directory(job.run_dir, step)
+    if not checkpoint.is_export_of(final, path):
+        checkpoint.export(
+            path,
+            final,
+            job.trunk.base.tokenizer,
+            attempt=job.attempt,
+            info={**job.info, "step": step},
+            is_fenced=lambda: not ownership.is_current_attempt(job.run_dir, job.attempt),
+        )
 
 
 def _totals(state: State) -> dict[str, float]:

@@ -12,19 +12,26 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster import __version__, config, errors, ownership, session, storage
-from cluster.errors import ClusterError, ConfigError, ResourceError
+from cluster import __version__, config, ownership, session, storage
+from cluster.errors import (
+    ClusterError,
+    ConfigError,
+    FencedError,
+    LorayError,
+    ResourceError,
+    StorageError,
+)
 from cluster.lease import Lease
 from training import checkpoint, dataset, loop, memory, model, sinks, special_ids, strategy, worker
 from training.config import ScaleConfig, TrainRecipe
 from training.dataset import Dataset
-from training.events import Event, EventReader
+from training.events import Event, EventLog, EventReader
 from training.mirror import Mirror
 from training.segments import SegmentReader
 
@@ -63,7 +70,11 @@ def train(
     strategy.check(recipe)
     recipe, run_dir, mirror = _locate(recipe)
     place = mirror.url if mirror else str(run_dir)
-    with ownership.RunLock(run_dir), mirror.held() if mirror else nullcontext() as lease:
+    with (
+        ownership.RunLock(run_dir),
+        mirror.held() if mirror else nullcontext() as lease,
+        nullcontext() if mirror else _telling_of_failure(run_dir),
+    ):
         _clean(run_dir)
         if mirror is not None:
             reader = mirror.follow()
@@ -102,6 +113,22 @@ def train(
             mirror.fetch_adapter()
         from_step = int(last["first started"].number("from_step"))
         return _result(run_dir, mirror, last["finished"], resumed_from=from_step, started=started)
+
+
+@contextmanager
+def _telling_of_failure(run_dir: Path) -> Iterator[None]:
+    """Write the event of an error that no worker could tell of."""
+    path = run_dir / "events.jsonl"
+    before = _size(path)
+    try:
+        yield
+    except FencedError:
+        raise
+    except LorayError as error:
+        if all(event.kind != "failed" for event in EventReader(path, offset=before).read()):
+            with suppress(StorageError), closing(EventLog(path)) as events:
+                events.write("failed", sync=True, code=error.code, message=str(error))
+        raise
 
 
 def _locate(recipe: TrainRecipe) -> tuple[TrainRecipe, Path, Mirror | None]:
@@ -198,10 +225,10 @@ def _claim(run_dir: Path, recipe: TrainRecipe, data_fingerprint: str) -> None:
     plain = config.plain(recipe)
     if path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))
+        # Of an earlier version, which lacks what has been added since.
+        before = config.plain(config.build(TrainRecipe, stored["recipe"], where=str(path)))
         lines = [
-            line
-            for line in config.difference(stored["recipe"], plain)
-            if not line.startswith(_CHANGEABLE)
+            line for line in config.difference(before, plain) if not line.startswith(_CHANGEABLE)
         ]
         if stored["data_fingerprint"] != data_fingerprint:
             lines.append("the training examples themselves (files, template or tokenizer)")
@@ -236,7 +263,7 @@ def _finished(run_dir: Path, mirror: Mirror | None) -> Event | None:
         mirror.fetch_adapter()
     try:
         storage.verify(run_dir / "adapter")
-    except errors.StorageError as error:
+    except StorageError as error:
         log.warning("adapter=damaged reason=%s", error)
         return None
     return ended
@@ -306,12 +333,12 @@ def _require_writable(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise errors.StorageError(
+        raise StorageError(
             f"storage: cannot create {run_dir} ({error.strerror}); name a directory that you may "
             "write to, by storage=..."
         ) from None
     if not os.access(run_dir, os.W_OK):
-        raise errors.StorageError(f"storage: {run_dir} is not writable; choose another by storage=")
+        raise StorageError(f"storage: {run_dir} is not writable; choose another by storage=")
 
 
 def _size(path: Path) -> int:

@@ -23,10 +23,10 @@ from filelock import Timeout as LockTimeout
 
 from cluster import storage
 from cluster.errors import DataError, ResourceError, StorageError
-from training import encoding, examples, token_files
-from training import tokens as tokens_room
+from training import encoding, examples, sources, token_files
 from training.config import DataConfig
-from training.examples import BadRow, Example, Source
+from training.examples import BadRow, Example
+from training.sources import Source
 from training.token_set import TokenSet
 from training.tokens import Encoder
 
@@ -70,8 +70,8 @@ def load(
         found = _opened(root / str(known), is_proved=True)
         if found is not None:
             return found
-    before = examples.state(wanted.source)
-    contents = examples.fingerprint(wanted.source)
+    before = sources.state(wanted.source)
+    contents = sources.fingerprint(wanted.source)
     key = _key(wanted, contents)
     for root in roots:
         found = _opened(root / key, is_proved=False)
@@ -115,8 +115,8 @@ def _made(
         blocks = encoding.blocks(rows, wanted.encoder, num_processes=num_processes)
         facts = token_files.write(directory, blocks)
         if (
-            examples.state(wanted.source) != before
-            and examples.fingerprint(wanted.source) != contents
+            sources.state(wanted.source) != before
+            and sources.fingerprint(wanted.source) != contents
         ):
             raise DataError(
                 f"{_shown(wanted.source)} was changed while it was tokenised; start again when "
@@ -222,7 +222,7 @@ def _num_bytes(directory: Path) -> int:
 def _key(wanted: Request, contents: str) -> str:
     key = {
         "data": contents,
-        "labels": examples.labels(wanted.source),
+        "labels": sources.labels(wanted.source),
         "format": wanted.data.format,
         "tokenizer": wanted.tokenizer_fingerprint,
         "encoder": wanted.encoder.key(),
@@ -233,10 +233,10 @@ def _key(wanted: Request, contents: str) -> str:
 
 @cache
 def _code_fingerprint() -> str:
-    """Of the code that turns rows into tokens: two of our files, and transformers' version."""
+    """Of the code that turns rows into tokens: our files for it, and transformers' version."""
     digest = hashlib.sha256(f"{_FORMAT} {transformers.__version__}".encode())
-    for path in (examples.__file__, tokens_room.__file__):
-        digest.update(Path(path).read_bytes())
+    for name in ("json_line", "shapes", "calls", "sources", "examples", "templates", "tokens"):
+        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return digest.hexdigest()
 
 

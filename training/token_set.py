@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.errors import StorageError
-from training import examples, token_files
+from training import encoding, examples, token_files
 from training.examples import BadRow, Rows
 from training.token_files import CHUNK, HAS_END, TRUNCATED, Facts
 from training.tokens import Encoded, Encoder
@@ -133,7 +133,7 @@ def tokenize(
 
     With "error", raises DataError where one cannot be learned from.
     """
-    block = token_files.pack([*rows.bad, *map(encoder.try_encode, rows.examples)])
+    block = encoding.encode([*rows.bad, *rows.examples], encoder)
     if block.bad and on_bad_row == "error":
         raise examples.bad_rows_error(
             block.bad, num_bad=len(block.bad), num_rows=len(block.names) + len(block.bad)

@@ -6,9 +6,9 @@ up to there, generation prompt included, must be the beginning of what it render
 that would straddle that place, or would be another one if nothing followed, is split off there,
 so that training sees the very prompt that generation gives.
 
-Special tokens written as text (`<|im_end|>`) in system, user and tool turns become ordinary
-tokens, so that data cannot pretend to be the template. In assistant turns and plain text they are
-part of what is learned, and stay special.
+Special tokens written as text (`<|im_end|>`) in tools and in system, user and tool turns become
+ordinary tokens, so that data cannot pretend to be the template. In assistant turns and plain text
+they are part of what is learned, and stay special.
 
 Labels are built here and never derived from the pad id. They are not shifted: the loss compares
 position i with label i + 1, so the first label of every example is -100.
@@ -16,31 +16,29 @@ position i with label i + 1, so the first label of every example is -100.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, TypeAlias, cast
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from cluster.errors import DataError
+from training.calls import Tool
 from training.examples import BadRow, Example, Message
+from training.templates import Renderer, Template, Unusable
 
 IGNORE = -100
 """Label of a token that is not supervised (torch's cross entropy ignores it)."""
 
 Ids: TypeAlias = NDArray[np.int32]
 Mask: TypeAlias = Literal["completion", "all", "last_turn"]
-Template: TypeAlias = Literal["auto", "chat", "alpaca", "plain"]
 Span: TypeAlias = tuple[int, int]
 """First character, character after the last."""
 
 _MASKED = "\U0010fffd"
 """Stands for each character of a special token in quoted text; private use, so in no template."""
-_ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."  # noqa: E501
-_ALPACA_INPUT = "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately completes the request."  # noqa: E501
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -66,14 +64,10 @@ class Encoded:
         return int((self.labels != IGNORE).sum()) if self.counted is None else self.counted
 
 
-class _Bad(Exception):
-    """The reason why an example cannot be learned from."""
-
-
 class Encoder:
     """The way from an example to ids and labels, and from a prompt to ids.
 
-    template: auto is chat where the tokenizer has a chat template, else alpaca.
+    template: see `templates.Renderer`.
     mask: completion is all assistant turns but those of weight 0; last_turn only the last.
     Raises DataError for a template that this tokenizer cannot do.
     """
@@ -87,28 +81,14 @@ class Encoder:
         max_length: int = 1024,
         stop_ids: frozenset[int],
     ) -> None:
-        has_chat = bool(tokenizer.chat_template)
-        if template == "chat" and not has_chat:
-            raise DataError(
-                "data.template is chat, but the tokenizer has no chat template; "
-                "use alpaca or plain, or auto"
-            )
         self._tokenizer = tokenizer
         self._has_offsets = bool(tokenizer.is_fast)
-        self.template_name: str = (
-            ("chat" if has_chat else "alpaca") if template == "auto" else template
-        )
+        self._renderer = Renderer(tokenizer, template)
+        self.template_name = self._renderer.name
         """chat, alpaca or plain."""
         self.mask: Mask = mask
         self.max_length = max_length
         self.stop_ids = stop_ids
-        self._eos = str(tokenizer.eos_token or "")
-        self._bos = _added_bos(tokenizer)
-        if self.template_name != "chat" and not self._eos:
-            raise DataError(
-                f"template {self.template_name} ends answers with the tokenizer's eos token, "
-                "but it has none; set eos_token in tokenizer_config.json"
-            )
         added = tokenizer.added_tokens_decoder.values()
         names = {
             *filter(None, tokenizer.all_special_tokens),
@@ -137,9 +117,27 @@ class Encoder:
     def try_encode(self, example: Example) -> Encoded | BadRow:
         """Token ids and labels, or why nothing of the example can be learned."""
         try:
-            return self._encode(example)
-        except _Bad as error:
+            return self._encode(example, self.mask)
+        except Unusable as error:
             return BadRow(where=example.id, reason=str(error))
+
+    def encode_row(self, example: Example) -> tuple[Encoded, ...] | BadRow:
+        """What is trained of a row: one example, or of a preference two that differ in the answer.
+
+        In a preference the last turn alone is supervised, and the preferred one comes first.
+        """
+        if example.rejected is None:
+            found = self.try_encode(example)
+            return found if isinstance(found, BadRow) else (found,)
+        other = replace(example, messages=(*example.messages[:-1], example.rejected))
+        try:
+            pair = tuple(self._encode(one, "last_turn") for one in (example, other))
+        except Unusable as error:
+            return BadRow(where=example.id, reason=str(error))
+        names = ("preferred", "other")
+        return tuple(
+            replace(one, id=f"{one.id} ({name})") for one, name in zip(pair, names, strict=True)
+        )
 
     def prompt_ids(self, example: Example) -> list[int]:
         """What the model is given to answer: all before the last assistant turn (or all turns).
@@ -150,14 +148,17 @@ class Encoder:
             raise DataError(f"{example.id}: plain text has no prompt; give messages")
         last = _last_assistant(example.messages)
         messages = example.messages if last is None else example.messages[:last]
-        return self.next_turn_ids(messages, where=example.id)
+        return self.next_turn_ids(messages, where=example.id, tools=example.tools)
 
-    def next_turn_ids(self, messages: tuple[Message, ...], *, where: str) -> list[int]:
+    def next_turn_ids(
+        self, messages: tuple[Message, ...], *, where: str, tools: tuple[Tool, ...] = ()
+    ) -> list[int]:
         """What the model is given to go on after `messages`. Raises DataError as `prompt_ids`."""
+        example = Example(id=where, messages=messages, tools=tools)
         try:
-            text = self._render(messages, True)
-            return self._tokenise(text, self._quoted(messages, text, True), ())[0].tolist()
-        except _Bad as error:
+            text = self._render(example, is_prompt=True)
+            return self._tokenise(text, self._quoted(example, text, is_prompt=True), ())[0].tolist()
+        except Unusable as error:
             raise DataError(f"{where}: {error}") from None
 
     def prompt_ids_of_text(self, user_text: str, system: str | None = None) -> list[int]:
@@ -167,20 +168,30 @@ class Encoder:
         return self.prompt_ids(Example(id="prompt", messages=messages))
 
     def reference(self, example: Example) -> str:
-        """The last assistant turn as a decoded answer would read: without special tokens."""
+        """The last assistant turn as a decoded answer would read: without special tokens.
+
+        Raises DataError where there is none, or where the template refuses its calls.
+        """
         last = _last_assistant(example.messages)
         if last is None:
             raise DataError(f"{example.id}: no assistant turn to compare an answer with")
-        return self._special.sub("", example.messages[last].content)
+        if not example.messages[last].calls:
+            return self._special.sub("", example.messages[last].content)
+        try:
+            text = self._render(example, is_prompt=False)
+            start, stop = self._span(example, last, text)
+        except Unusable as error:
+            raise DataError(f"{example.id}: {error}") from None
+        return self._special.sub("", text[start:stop]).strip()
 
-    def _encode(self, example: Example) -> Encoded:
+    def _encode(self, example: Example, mask: Mask) -> Encoded:
         if example.text is not None:
-            text = f"{self._bos}{example.text}{self._eos}"
+            text = f"{self._renderer.bos}{example.text}{self._renderer.eos}"
             spans, quoted = [(0, len(text))], ()
         else:
-            text = self._render(example.messages, False)
-            spans = self._spans(example.messages, text)
-            quoted = self._quoted(example.messages, text, False)
+            text = self._render(example, is_prompt=False)
+            spans = self._spans(example, text, mask)
+            quoted = self._quoted(example, text, is_prompt=False)
         ids, starts = self._tokenise(text, quoted, spans)
         labels = np.full(len(ids), IGNORE, dtype=np.int32)
         has_end = True
@@ -190,13 +201,13 @@ class Encoder:
             has_end = has_end and length is not None and first + length <= self.max_length
             until = last if length is None else first + length
             labels[first:until] = ids[first:until]
-        if self.mask == "all":
+        if mask == "all":
             labels[:] = ids
         labels[:1] = IGNORE
         num_supervised = int((labels != IGNORE).sum())
         ids, labels = ids[: self.max_length], labels[: self.max_length]
         if not (labels != IGNORE).any():
-            raise _Bad(
+            raise Unusable(
                 f"all {num_supervised} supervised tokens lie beyond max_length {self.max_length}; "
                 "raise data.max_length or shorten the prompt"
                 if num_supervised
@@ -210,71 +221,83 @@ class Encoder:
             has_end=has_end,
         )
 
-    def _render(self, messages: Sequence[Message], is_prompt: bool) -> str:
-        """The text of some turns; with is_prompt up to where the assistant's answer begins."""
-        if self.template_name == "alpaca":
-            return self._bos + _alpaca(messages, is_prompt, self._eos)
-        if self.template_name == "plain":
-            return self._bos + _plain(messages, self._eos)
-        turns = [{"role": m.role, "content": m.full_content} for m in messages]
-        try:
-            text = self._tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=is_prompt
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, IndexError) as error:
-            roles = ", ".join(message.role for message in messages)
-            raise _Bad(f"the chat template refuses the turns ({roles}): {error}") from None
-        return cast(str, text)
+    def _render(self, example: Example, *, is_prompt: bool) -> str:
+        return self._renderer.render(example.messages, example.tools, is_prompt=is_prompt)
 
-    def _spans(self, messages: Sequence[Message], text: str) -> list[Span]:
+    def _spans(self, example: Example, text: str, mask: Mask) -> list[Span]:
         """Where the supervised turns lie in `text`, which is all messages rendered."""
-        if self.mask == "all":
+        if mask == "all":
             return [(0, len(text))]
+        messages = example.messages
         turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
-        chosen = turns[-1:] if self.mask == "last_turn" else turns
-        return [self._span(messages, i, text) for i in chosen if messages[i].weight != 0]
+        chosen = turns[-1:] if mask == "last_turn" else turns
+        return [self._span(example, i, text) for i in chosen if messages[i].weight != 0]
 
-    def _span(self, messages: Sequence[Message], turn: int, text: str) -> Span:
+    def _span(self, example: Example, turn: int, text: str) -> Span:
         if turn == 0:
-            raise _Bad(
+            raise Unusable(
                 "the first turn is the assistant's, with no prompt before it; "
                 "put a user turn first, or give it weight 0"
             )
-        head = self._render(messages[:turn], True)
-        whole = self._render(messages[: turn + 1], False) if turn + 1 < len(messages) else text
+        messages = example.messages
+        before = replace(example, messages=messages[:turn])
+        through = replace(example, messages=messages[: turn + 1])
+        head = self._render(before, is_prompt=True)
+        whole = self._render(through, is_prompt=False) if turn + 1 < len(messages) else text
         if not text.startswith(whole):
-            raise _Bad(
+            raise Unusable(
                 f"the chat template changes turn {turn} once later turns follow it, so it cannot "
                 "be learned there; set data.mask: last_turn, or give each answer a row of its own"
             )
         if not whole.startswith(head):
-            raise _Bad(
+            raise Unusable(
                 f"the chat template does not begin turn {turn} with its own generation prompt; "
                 "repair the tokenizer's chat template, or set data.template: alpaca"
             )
         return len(head), len(whole)
 
-    def _quoted(self, messages: Sequence[Message], text: str, is_prompt: bool) -> tuple[Span, ...]:
-        """Where special tokens stand in what system, user and tools say."""
-        masked = [
-            message if message.role == "assistant" else self._masked(message)
-            for message in messages
-        ]
-        if masked == list(messages):
+    def _quoted(self, example: Example, text: str, *, is_prompt: bool) -> tuple[Span, ...]:
+        """Where special tokens stand in what system, user and tools say, and in what there is."""
+        masked = replace(
+            example,
+            messages=tuple(
+                message if message.role == "assistant" else self._masked(message)
+                for message in example.messages
+            ),
+            tools=cast(tuple[Tool, ...], self._masked_tree(example.tools)),
+        )
+        if masked == example:
             return ()
-        twin = self._render(masked, is_prompt)
+        twin = self._render(masked, is_prompt=is_prompt)
         runs = [match.span() for match in re.finditer(f"{_MASKED}+", twin)]
         same = (a == b or b == _MASKED for a, b in zip(text, twin, strict=False))
         if len(twin) != len(text) or not all(same):
-            raise _Bad("a special token in the text of a turn cannot be told from the template's")
+            raise Unusable(
+                "a special token in the text of a turn cannot be told from the template's"
+            )
         return tuple(runs)
 
     def _masked(self, message: Message) -> Message:
-        content, context = (
-            self._special.sub(lambda match: _MASKED * len(match[0]), part)
-            for part in (message.content, message.context)
+        return replace(
+            message,
+            content=self._masked_text(message.content),
+            context=self._masked_text(message.context),
+            name=self._masked_text(message.name),
+            call_id=self._masked_text(message.call_id),
         )
-        return Message(role=message.role, content=content, context=context, weight=message.weight)
+
+    def _masked_tree(self, tree: object) -> object:
+        """JSON with special tokens masked in keys and texts."""
+        if isinstance(tree, str):
+            return self._masked_text(tree)
+        if isinstance(tree, dict):
+            return {self._masked_text(k): self._masked_tree(v) for k, v in tree.items()}
+        if isinstance(tree, list | tuple):
+            return type(tree)(self._masked_tree(item) for item in tree)
+        return tree
+
+    def _masked_text(self, text: str) -> str:
+        return self._special.sub(lambda match: _MASKED * len(match[0]), text)
 
     def _tokenise(
         self, text: str, quoted: Sequence[Span], spans: Sequence[Span]
@@ -346,48 +369,6 @@ class Encoder:
         return None if rest.strip() else length
 
 
-def _added_bos(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The bos token where the tokenizer puts one before every text, else an empty string."""
-    ids = cast(list[int], tokenizer("", return_attention_mask=False)["input_ids"])
-    is_added = bool(ids) and ids[0] == tokenizer.bos_token_id
-    return str(tokenizer.bos_token) if is_added else ""
-
-
 def _last_assistant(messages: Sequence[Message]) -> int | None:
     turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
     return turns[-1] if turns else None
-
-
-def _alpaca(messages: Sequence[Message], is_prompt: bool, eos: str) -> str:
-    """Stanford Alpaca's prompt; a system turn takes the place of its first paragraph.
-
-    Further turns repeat the headings: an extension of ours.
-    """
-    has_input = any(message.context for message in messages)
-    parts = [_ALPACA_INPUT if has_input else _ALPACA]
-    for message in messages:
-        if message.role == "system":
-            parts[0] = message.content
-        elif message.role == "user":
-            parts.append(f"### Instruction:\n{message.content}")
-            parts += [f"### Input:\n{message.context}"] if message.context else []
-        elif message.role == "assistant":
-            parts.append(f"### Response:\n{message.content}{eos}")
-        else:
-            raise _Bad(
-                f"template alpaca has no place for a {message.role} turn; use a chat template"
-            )
-    return "\n\n".join([*parts, "### Response:\n"] if is_prompt else parts)
-
-
-def _plain(messages: Sequence[Message], eos: str) -> str:
-    """Prompt and answer as they are; a blank line between two turns that are no answers."""
-    text = ""
-    is_after_prompt = False
-    for message in messages:
-        is_answer = message.role == "assistant"
-        if is_after_prompt and not is_answer:
-            text += "\n\n"
-        text += f"{message.content}{eos}" if is_answer else message.full_content
-        is_after_prompt = not is_answer
-    return text

@@ -116,6 +116,8 @@ class Job(Table):
     """The client's metadata."""
     training_file: Mapped[str] = mapped_column(String(64))
     validation_file: Mapped[str | None] = mapped_column(String(64))
+    num_examples: Mapped[int | None]
+    """Of the training file; null until both files are checked."""
     status: Mapped[str] = mapped_column(String(24), index=True)
     """validating_files, queued, running, paused, succeeded, failed or cancelled."""
     wanted: Mapped[str] = mapped_column(String(16))
@@ -126,6 +128,8 @@ class Job(Table):
     """Id of the Ray job that runs it now."""
     events_offset: Mapped[int] = mapped_column(BigInteger)
     """Bytes of the run's events.jsonl that are events of the job already."""
+    last_step: Mapped[int]
+    """The last step that is told of; a run that starts again does some of them again."""
     created_at: Mapped[float]
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]

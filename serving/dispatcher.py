@@ -1,0 +1,458 @@
+"""Takes fine-tuning jobs from their rows to their ends. One process at a time does.
+
+All that it knows is in the registry and in the runs' directories: a dispatcher that dies is
+replaced by one that goes on where it was. A run's events, the job's state and how far the events
+are read change together; whoever has lost the lease writes nothing more.
+"""
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from cluster import storage
+from cluster.errors import FencedError, LorayError, RegistryError, StorageError
+from cluster.registry import cards, leases
+from cluster.registry.cards import Card
+from cluster.registry.database import Database
+from cluster.registry.tables import ApiKey, Job, JobCheckpoint, Model
+from serving import finding, job_progress, job_recipe
+from serving.job_book import Line, model_name, tell
+from serving.problems import ApiError
+from serving.runner import Runner
+from serving.shelf import Shelf
+from serving.tuning_config import TuningConfig
+from training import hyperparameters, loop
+from training.config import ModelConfig
+from training.events import Event, parse
+
+log = logging.getLogger(__name__)
+
+LEASE = "dispatcher"
+_LEASE_S = 15.0
+_LOOK_S = 0.3
+_BATCH_BYTES = 1 << 20
+_STOP_EVERY_S = 10.0
+_PATIENCE_S = 600.0
+"""For a run that is to pause; its step may be long. Then it is stopped."""
+_TRY_AGAIN = ("cluster_unavailable", "run_in_use", "attempt_superseded", "registry_unavailable")
+"""Codes of errors that are the cluster's, not the job's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fate:
+    """Why a job ends badly."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Dispatcher:
+    """The loop."""
+
+    database: Database
+    shelf: Shelf
+    runner: Runner
+    tuning: TuningConfig
+    model: ModelConfig
+    """The base that jobs start from."""
+    holder: str
+    """Tells this process from others."""
+    clock: Callable[[], float] = time.time
+    on_end: Callable[[Session, Job], None] = lambda session, job: None
+    """Called in the transaction in which a job comes to its end."""
+    _token: int = 0
+    _asked: dict[str, float] = field(default_factory=dict)
+    """Run jobs that were asked to end, and when to ask again."""
+    _pausing: dict[str, float] = field(default_factory=dict)
+    """Run jobs that are to pause, and since when."""
+
+    def run(self, stop: threading.Event) -> None:
+        """Dispatch until told to stop."""
+        while not stop.is_set():
+            try:
+                self.step()
+            except (LorayError, OSError) as error:  # the registry, the disk or Ray; all come back
+                log.warning("dispatcher=%s error=%r", self.holder, str(error)[:500])
+            stop.wait(_LOOK_S)
+        if self._token:
+            leases.give_back(self.database, LEASE, self._token)
+
+    def step(self) -> bool:
+        """Look at everything once; whether this process is the one that dispatches."""
+        token = leases.take(
+            self.database, LEASE, holder=self.holder, now=self.clock(), for_s=_LEASE_S
+        )
+        if token is None:
+            self._token = 0
+            return False
+        self._token = token
+        with self.database.read() as session:
+            validating = session.scalars(
+                select(Job).where(Job.status == "validating_files").order_by(Job.number)
+            ).all()
+            occupying = session.scalars(select(Job).where(Job.run_job.is_not(None))).all()
+        for job in validating:
+            self._each(job, self._validate)
+        for job in occupying:
+            self._each(job, self._follow)
+        self._start_next()
+        return True
+
+    def _each(self, job: Job, act: Callable[[Job], None]) -> None:
+        """What goes wrong with one job does not keep the others."""
+        try:
+            act(job)
+        except (FencedError, RegistryError):
+            raise
+        except (LorayError, OSError) as error:
+            log.warning("job=%s error=%r", job.id, str(error)[:500])
+
+    def _locked(self, session: Session, seen: Job) -> Job | None:
+        """A job's row, held, if it is as it was seen. Raises FencedError."""
+        leases.require(session, LEASE, self._token)
+        job = session.scalar(select(Job).where(Job.id == seen.id).with_for_update())
+        if job is None or (job.attempt, job.run_job) != (seen.attempt, seen.run_job):
+            return None
+        return job
+
+    # Files
+
+    def _validate(self, seen: Job) -> None:
+        fates = [
+            self._look_at(seen, param)
+            for param in ("training_file", "validation_file")
+            if getattr(seen, param) is not None
+        ]
+        if "wait" in fates:
+            return
+        bad = next((fate for fate in fates if isinstance(fate, Fate)), None)
+        with self.database.write() as session:
+            job = self._locked(session, seen)
+            if job is None or job.status != "validating_files":
+                return
+            if bad is not None:
+                self._fail(session, job, bad)
+                return
+            kind, num_examples = job.method["type"], int(str(fates[0]))
+            chosen = hyperparameters.resolve(
+                kind, job.method[kind]["hyperparameters"], num_examples=num_examples
+            )
+            job.num_examples = num_examples
+            job.method = {"type": kind, kind: {"hyperparameters": chosen.echo()}}
+            job.status = "queued"
+            message = "Files validated, moving job to queued state"
+            tell(session, job, self.clock(), Line(message=message))
+
+    def _look_at(self, job: Job, param: str) -> Fate | str | int:
+        """The number of a file's examples, `wait` while it is being looked into, or a Fate."""
+        noun, code = param.replace("_", " ").capitalize(), f"invalid_{param}"
+        try:
+            file = self.shelf.get(job.project, getattr(job, param))
+            if file.status == "uploaded":
+                return "wait"
+            method = finding.method_of(self.shelf.path(file))
+        except (ApiError, FileNotFoundError):
+            message = f"{noun} was deleted before the job could read it."
+            return Fate(code=code, message=message, param=param)
+        if file.status == "error":
+            return Fate(code=code, message=f"{noun}: {file.status_details}", param=param)
+        if method != job.method["type"]:
+            message = (
+                f"{noun} has the lines of method {method}, and the job's is {job.method['type']}"
+            )
+            return Fate(code=code, message=message, param=param)
+        least = self.tuning.min_examples if param == "training_file" else 1
+        if (file.examples or 0) < least:
+            message = (
+                f"{noun} has {file.examples or 0} example(s), but must have at least {least} "
+                "examples"
+            )
+            return Fate(code="invalid_n_examples", message=message, param=param)
+        return file.examples or 0
+
+    # Runs
+
+    def _start_next(self) -> None:
+        """Start the job whose turn it is, where there is room; one starts at a time, since what a
+        run takes is not taken before its workers are there."""
+        with self.database.read() as session:
+            busy = session.scalars(select(Job).where(Job.run_job.is_not(None))).all()
+            if len(busy) >= self.tuning.jobs_at_once:
+                return
+            if any(job.status == "queued" for job in busy):
+                return
+            waiting = session.scalars(
+                select(Job)
+                .where(Job.status == "queued", Job.run_job.is_(None))
+                .order_by(Job.number)
+            ).all()
+            if not waiting:
+                return
+            limits = dict(
+                session.execute(
+                    select(ApiKey.id, ApiKey.concurrent_jobs).where(
+                        ApiKey.id.in_({job.key_id for job in waiting})
+                    )
+                ).all()
+            )
+            keys = {job.key_id for job in waiting}
+            starts = dict(
+                session.execute(
+                    select(Job.key_id, func.max(Job.started_at))
+                    .where(Job.key_id.in_(keys))
+                    .group_by(Job.key_id)
+                ).all()
+            )
+        chosen = next_job(waiting, busy, limits=limits, starts=starts)
+        if chosen is not None:
+            self._each(chosen, self._start)
+
+    def _start(self, seen: Job) -> None:
+        try:
+            files = {
+                param: self.shelf.path(self.shelf.get(seen.project, getattr(seen, param)))
+                for param in ("training_file", "validation_file")
+                if getattr(seen, param) is not None and not self._has_link(seen, param)
+            }
+        except ApiError:
+            message = "The training or validation file was deleted while the job was queued."
+            return self._end_badly(seen, Fate(code="invalid_training_file", message=message))
+        for param in ("training_file", "validation_file"):
+            if getattr(seen, param) is not None and param not in files:
+                files[param] = self._link(seen, param)
+        try:
+            target = job_recipe.write(self.tuning, self.model, seen, files)
+            recipe = job_recipe.recipe_of(
+                self.tuning, self.model, seen, {name: str(path) for name, path in files.items()}
+            )
+        except StorageError:
+            raise
+        except LorayError as error:
+            return self._end_badly(seen, Fate(code=error.code, message=str(error)))
+        room = self.runner.room()
+        needs = job_recipe.needs(recipe, room.total)
+        if any(room.free.get(name, 0) < amount for name, amount in needs.items()):
+            return None
+        with self.database.write() as session:
+            job = self._locked(session, seen)
+            if job is None or job.status != "queued":
+                return None
+            job.attempt += 1
+            started = job.run_job = f"{job.id}-{job.attempt}"
+        self.runner.start(started, target)
+        return None
+
+    def _has_link(self, job: Job, param: str) -> bool:
+        return self._link(job, param).exists()
+
+    def _link(self, job: Job, param: str) -> Path:
+        return job_recipe.run_dir(self.tuning, job) / f"{param}.jsonl"
+
+    def _follow(self, seen: Job) -> None:
+        """Take a job as far as its run has come."""
+        assert seen.run_job is not None
+        directory = job_recipe.run_dir(self.tuning, seen)
+        state = self.runner.state(seen.run_job)  # before its events: the last ones are seen, too
+        if state == "unknown":
+            if seen.wanted == "run" and seen.status in ("queued", "running"):
+                self.runner.start(seen.run_job, directory / job_recipe.FILE)
+                return
+            state = "ended"
+        if state == "alive":
+            self._ask_to_end(seen, directory)
+        block = _block(directory / "events.jsonl", seen.events_offset)
+        events = list(parse(block))
+        if block or state == "ended":
+            is_over = state == "ended" and len(block) < _BATCH_BYTES
+            self._record(seen, events, len(block), directory, is_over=is_over)
+
+    def _ask_to_end(self, seen: Job, directory: Path) -> None:
+        assert seen.run_job is not None
+        now = self.clock()
+        if seen.wanted == "pause":
+            since = self._pausing.setdefault(seen.run_job, now)
+            if now - since < _PATIENCE_S:
+                loop.stop_file(directory).touch()  # again and again: a run that begins removes it
+                return
+        elif seen.wanted == "run" and seen.status != "paused":
+            return
+        if now >= self._asked.get(seen.run_job, 0.0):
+            self._asked[seen.run_job] = now + _STOP_EVERY_S
+            self.runner.stop(seen.run_job)
+
+    def _record(
+        self, seen: Job, events: Sequence[Event], num_bytes: int, directory: Path, *, is_over: bool
+    ) -> None:
+        result: str | None = None
+        how, last = job_progress.ending(directory) if is_over else ("lost", None)
+        wants_result = is_over and how == "finished" and seen.wanted != "cancel"
+        if wants_result:
+            storage.verify(directory / "adapter")
+        with self.database.write() as session:
+            job = self._locked(session, seen)
+            if job is None or job.events_offset != seen.events_offset:
+                return
+            job_progress.apply(
+                session,
+                job,
+                events,
+                run_dir=directory,
+                organization=self.tuning.organization,
+                now=self.clock(),
+            )
+            job.events_offset += num_bytes
+            content = job_progress.results(session, job) if wants_result else b""
+        if not is_over:
+            if any(event.kind == "checkpoint" for event in events):
+                self._write_card(seen)
+            return
+        if wants_result:
+            result = self.shelf.put(seen.project, f"{seen.id}.csv", "fine-tune-results", content).id
+        with self.database.write() as session:
+            job = self._locked(session, seen)
+            if job is None:
+                return
+            self._conclude(session, job, how, last, result, directory)
+        self._write_card(seen)
+        for book in (self._asked, self._pausing):
+            book.pop(seen.run_job or "", None)
+
+    def _conclude(
+        self,
+        session: Session,
+        job: Job,
+        how: job_progress.Ending,
+        last: Event | None,
+        result: str | None,
+        directory: Path,
+    ) -> None:
+        """What becomes of a job whose run has ended."""
+        job.run_job = None
+        if job.status == "cancelled":
+            job_recipe.drop_files(self.tuning, job)
+            self.on_end(session, job)
+        elif how == "finished" and last is not None and result is not None:
+            self._succeed(session, job, last, result, directory)
+        elif job.status == "paused":
+            return
+        elif how == "failed" and last is not None and last.text("code") not in _TRY_AGAIN:
+            self._fail(
+                session, job, Fate(code=last.text("code"), message=last.text("message")[:4000])
+            )
+        elif job.attempt >= self.tuning.attempts and how != "stopped":
+            message = f"The run was lost {job.attempt} times; see the cluster's logs."
+            self._fail(session, job, Fate(code="server_error", message=message))
+        else:
+            if how != "stopped" and job.status == "running":
+                message = "The run was lost; it goes on from its last checkpoint"
+                tell(session, job, self.clock(), Line(message=message, level="warn"))
+            job.status, job.estimated_finish = "queued", None
+
+    def _succeed(
+        self, session: Session, job: Job, last: Event, result: str, directory: Path
+    ) -> None:
+        name = model_name(job, self.tuning.organization)
+        now = self.clock()
+        session.add(
+            Model(
+                name=name,
+                project=job.project,
+                job_id=job.id,
+                base=job.model,
+                step=None,
+                path=str(directory / "adapter"),
+                created_at=now,
+            )
+        )
+        job.status, job.fine_tuned_model, job.result_files = "succeeded", name, [result]
+        job.trained_tokens = int(last.number("real_tokens"))
+        job.finished_at, job.estimated_finish = now, None
+        tell(
+            session,
+            job,
+            now,
+            Line(message=f"New fine-tuned model created: {name}"),
+            Line(message="The job has successfully completed"),
+        )
+        job_recipe.drop_files(self.tuning, job)
+        self.on_end(session, job)
+
+    def _end_badly(self, seen: Job, fate: Fate) -> None:
+        with self.database.write() as session:
+            job = self._locked(session, seen)
+            if job is not None and job.status in ("validating_files", "queued", "running"):
+                self._fail(session, job, fate)
+
+    def _fail(self, session: Session, job: Job, fate: Fate) -> None:
+        job.status, job.finished_at, job.estimated_finish = "failed", self.clock(), None
+        job.error = {"code": fate.code, "message": fate.message, "param": fate.param}
+        line = Line(message=f"The job failed: {fate.message}", level="error")
+        tell(session, job, self.clock(), line)
+        job_recipe.drop_files(self.tuning, job)
+        self.on_end(session, job)
+
+    def _write_card(self, seen: Job) -> None:
+        """So that a lost registry can be made anew."""
+        with self.database.read() as session:
+            job = session.scalar(select(Job).where(Job.id == seen.id))
+            steps = session.execute(
+                select(JobCheckpoint.step, JobCheckpoint.model)
+                .where(JobCheckpoint.job_id == seen.id)
+                .order_by(JobCheckpoint.step)
+            ).all()
+        if job is None:
+            return
+        card = Card(
+            job_id=job.id,
+            project=job.project,
+            model=model_name(job, self.tuning.organization),
+            base=job.model,
+            created_at=job.created_at,
+            status=job.status,
+            checkpoints=tuple((step, name) for step, name in steps),
+        )
+        cards.write(job_recipe.run_dir(self.tuning, job), card)
+
+
+def next_job(
+    waiting: Sequence[Job],
+    busy: Sequence[Job],
+    *,
+    limits: dict[str, int | None],
+    starts: dict[str, float | None],
+) -> Job | None:
+    """Whose turn it is: of the key that has least running, and of those the one whose last start
+    is longest ago, its oldest job.
+
+    waiting: oldest first. limits: jobs that a key may have running. starts: each key's last start.
+    """
+    running = Counter(job.key_id for job in busy)
+    oldest: dict[str, Job] = {}
+    for job in waiting:
+        limit = limits.get(job.key_id)
+        if limit is None or running[job.key_id] < limit:
+            oldest.setdefault(job.key_id, job)
+    if not oldest:
+        return None
+    key = min(oldest, key=lambda id: (running[id], starts.get(id) or 0.0, oldest[id].number))
+    return oldest[key]
+
+
+def _block(path: Path, offset: int) -> bytes:
+    """Whole lines from an offset on, up to about a megabyte."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            block = file.read(_BATCH_BYTES)
+    except FileNotFoundError:
+        return b""
+    return block[: block.rfind(b"\n") + 1]

@@ -1,0 +1,102 @@
+"""A fine-tuning job as the recipe of a training run."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster import config, storage
+from cluster.errors import DataError
+from cluster.registry.tables import Job
+from serving.tuning_config import TuningConfig
+from training.config import ModelConfig, TrainRecipe
+from training.hyperparameters import LEARNING_RATE
+
+FILE = "job.json"
+_KEEP = 2
+
+
+def run_dir(tuning: TuningConfig, job: Job) -> Path:
+    """Where a job's run lies."""
+    return Path(tuning.storage) / job.id
+
+
+def write(tuning: TuningConfig, model: ModelConfig, job: Job, files: Mapping[str, Path]) -> Path:
+    """Write the recipe of a job, whose files are checked, and take hold of its files.
+
+    files: paths by `training_file` and `validation_file`. The run reads links of its own, so that
+    what is deleted while it trains does not end it; they go with `drop_files`. Raises DataError
+    where a file is gone, ConfigError for settings that cannot be.
+    """
+    directory = run_dir(tuning, job)
+    storage.make_directory(directory)
+    links: dict[str, str] = {}
+    for param, path in files.items():
+        link = directory / f"{param}.jsonl"
+        try:
+            if not link.exists():
+                os.link(path, link)
+        except FileNotFoundError:
+            name = param.replace("_", " ")
+            raise DataError(f"The {name} was deleted before the job could read it.") from None
+        links[param] = str(link)
+    recipe = recipe_of(tuning, model, job, links)
+    target = directory / FILE
+    storage.write_file(target, json.dumps(config.plain(recipe), indent=1).encode())
+    return target
+
+
+def drop_files(tuning: TuningConfig, job: Job) -> None:
+    """Give back the files of a job that is at its end."""
+    for param in ("training_file", "validation_file"):
+        (run_dir(tuning, job) / f"{param}.jsonl").unlink(missing_ok=True)
+
+
+def recipe_of(
+    tuning: TuningConfig, model: ModelConfig, job: Job, files: Mapping[str, str]
+) -> TrainRecipe:
+    """The recipe. Raises ConfigError."""
+    kind = job.method["type"]
+    chosen = job.method[kind]["hyperparameters"]
+    epochs, batch = int(chosen["n_epochs"]), int(chosen["batch_size"])
+    steps_of_epoch = max(1, math.ceil((job.num_examples or 1) / batch))
+    tree: dict[str, Any] = {
+        "name": job.id,
+        "storage": str(Path(tuning.storage).absolute()),
+        "model": config.plain(model),
+        "data": {"train": files["training_file"]},
+        "lora": {name: value for name, value in job.request["lora"].items() if value is not None},
+        "optim": {
+            "learning_rate": LEARNING_RATE * float(chosen["learning_rate_multiplier"]),
+            "epochs": epochs,
+            "global_batch_size": batch,
+            "seed": job.seed,
+        },
+        "scale": {"cpus_per_worker": 1},
+        "checkpoint": {"every_steps": steps_of_epoch, "keep": _KEEP, "keep_adapters": True},
+        "log": {"to": []},
+    }
+    if "validation_file" in files:
+        tree["data"]["eval"] = files["validation_file"]
+        tree["evaluation"] = {"every_steps": steps_of_epoch}
+    if kind == "dpo":
+        tree["data"]["format"] = "preference"
+        tree["objective"] = {"kind": "dpo", "beta": float(chosen["beta"])}
+    for override in tuning.recipe:
+        config.apply_override(TrainRecipe, tree, override)
+    workers = tree["scale"].get("workers", 1)
+    most = max(workers) if isinstance(workers, list) else int(workers)
+    tree["optim"]["global_batch_size"] = max(tree["optim"]["global_batch_size"], most)
+    return config.build(TrainRecipe, tree, where="tuning")
+
+
+def needs(recipe: TrainRecipe, total: Mapping[str, float]) -> Mapping[str, float]:
+    """What a run takes at least of a cluster that has so much in all."""
+    scale, workers = recipe.scale, recipe.scale.least_workers
+    cpus = 1 if scale.cpus_per_worker == "auto" else scale.cpus_per_worker
+    gpus = scale.gpus_per_worker
+    if gpus == "auto":
+        gpus = 1 if total.get("GPU", 0) >= workers else 0
+    return {"CPU": float(workers * cpus), **({"GPU": float(workers * gpus)} if gpus else {})}

@@ -1,0 +1,41 @@
+"""Fine-tuning jobs as Ray jobs."""
+
+import sys
+from pathlib import Path
+
+from cluster import jobs
+from cluster.errors import ClusterError
+from serving.runner import Room, RunState
+
+
+class RayRuns:
+    """The runs of a cluster, by its Jobs API; in a process that is connected to Ray."""
+
+    def __init__(self, address: str) -> None:
+        """address: of the Jobs API, such as http://127.0.0.1:8265."""
+        self._address = address
+
+    def start(self, run_job: str, recipe: Path) -> None:
+        """Submit `python -m training`; Ray refuses an id that it knows, which is no error here."""
+        # This interpreter is the cluster's: another `python` may come first in a shell's path.
+        words = [sys.executable, "-m", "training", str(recipe), "--json"]
+        try:
+            jobs.submit(words, address=self._address, working_dir=None, job_id=run_job)
+        except ClusterError:
+            if jobs.is_alive(run_job, address=self._address) is None:
+                raise
+
+    def state(self, run_job: str) -> RunState:
+        """As the Jobs API says."""
+        alive = jobs.is_alive(run_job, address=self._address)
+        return "unknown" if alive is None else "alive" if alive else "ended"
+
+    def stop(self, run_job: str) -> None:
+        """SIGTERM, and SIGKILL a little later."""
+        jobs.ask_to_stop(run_job, address=self._address)
+
+    def room(self) -> Room:
+        """What no replica, worker or placement group holds."""
+        import ray
+
+        return Room(free=ray.available_resources(), total=ray.cluster_resources())

@@ -1,0 +1,61 @@
+"""A run without a model: `python fake_run.py RECIPE ADAPTER STEP_S` does what `python -m training`
+does to a run's directory, and publishes copies of a ready-made adapter."""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from cluster import ownership, storage
+from training.events import EventLog
+
+STEPS = 6
+EVERY = 2
+
+
+def main(recipe: dict, adapter: Path, step_s: float) -> int:
+    run_dir = Path(recipe["storage"]) / recipe["name"]
+    with ownership.RunLock(run_dir):
+        stop = run_dir / "stop-requested"  # loop.stop_file, without torch
+        stop.unlink(missing_ok=True)
+        events = EventLog(run_dir / "events.jsonl")
+        place = run_dir / "checkpoints" / "fake-step"
+        storage.make_directory(place.parent)
+        done = int(place.read_text()) if place.exists() else 0
+        if not Path(recipe["data"]["train"]).exists():
+            events.write("failed", code="invalid_training_file", message="no file")
+            return 1
+        events.write("started", from_step=done, num_steps=STEPS, attempt=1)
+        for step in range(done + 1, STEPS + 1):
+            time.sleep(step_s)
+            loss = 2.0 / step
+            events.write("step", step=step, num_steps=STEPS, loss=loss, lr=1e-3, step_s=step_s)
+            is_asked = stop.exists()
+            if step % EVERY == 0 or is_asked:
+                if recipe["data"].get("eval"):
+                    events.write("eval", step=step, loss=loss + 0.1)
+                publish(adapter, run_dir / "adapters" / f"step-{step:06d}")
+                storage.write_file(place, str(step).encode())
+                events.write("checkpoint", step=step)
+            if is_asked:
+                break
+        publish(adapter, run_dir / "adapter")
+        was_stopped = step < STEPS
+        events.write("finished", steps=step, was_stopped=was_stopped, real_tokens=100 * step)
+        return 130 if was_stopped else 0
+
+
+def publish(source: Path, final: Path) -> None:
+    if final.exists():
+        return
+    storage.make_directory(final.parent)
+    temporary = final.parent / f".tmp-{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    temporary.rename(final)
+
+
+if __name__ == "__main__":
+    chosen = json.loads(Path(sys.argv[1]).read_text())
+    sys.exit(main(chosen, Path(sys.argv[2]), float(sys.argv[3])))
