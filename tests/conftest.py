@@ -15,6 +15,8 @@ import fsspec
 import pytest
 from tiny import make_base
 
+from cluster.registry import database
+
 if TYPE_CHECKING:
     from s3_server import S3Server
 
@@ -40,6 +42,20 @@ def nothing_left() -> Iterator[None]:
     """The test fails where it leaves a process or a temporary file."""
     with chaos.nothing_left():
         yield
+
+
+@pytest.fixture
+def registry_url(tmp_path: Path) -> str:
+    """URL of an empty database for a registry."""
+    return database.sqlite_url(tmp_path / "registry.db")
+
+
+@pytest.fixture
+def registry(registry_url: str) -> Iterator[database.Database]:
+    """A registry's database."""
+    opened = database.open_(registry_url)
+    yield opened
+    opened.close()
 
 
 @pytest.fixture
