@@ -8,7 +8,7 @@ from ray import serve
 from ray.serve import Application
 
 from cluster import config
-from serving.config import ServeRecipe
+from serving.config import ServeRecipe, database_url
 
 _ONGOING_PER_ROW = 64
 """Requests that Serve lets into a replica at once, for each row: our own queue is the fair one."""
@@ -24,6 +24,8 @@ class Server:
     def __init__(self, tree: dict[str, Any], directory: str, root: str) -> None:
         """tree: a ServeRecipe as plain data. directory: of the registry. root: of adapters."""
         # torch and transformers: seconds that the driver, which knows this class, must not spend
+        from cluster.registry import database
+        from serving.access import Access
         from serving.keys import Keys
         from serving.metrics import Metrics
         from serving.replica import open_replica
@@ -31,7 +33,11 @@ class Server:
         recipe = config.build(ServeRecipe, tree, where="serve")
         self._metrics = Metrics(known=[recipe.model_name])
         self._replica = open_replica(recipe, Path(directory), on_step=self._metrics.step)
-        self._keys = Keys.load(Path(recipe.keys_file)) if recipe.keys_file else None
+        self._access = Access(
+            database.open_(database_url(recipe, Path(directory))),
+            keys_file=Keys(Path(recipe.keys_file)) if recipe.keys_file else None,
+            host=recipe.http.host,
+        )
         self._root = Path(root)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -41,9 +47,9 @@ class Server:
         return inference.make_app(
             self._replica,
             root=self._root,
-            keys=self._keys,
+            access=self._access,
             metrics=self._metrics,
-            lifespan=lambda _: inference.following(self._replica),
+            lifespan=lambda _: inference.following(self._replica, self._access),
         )
 
     def check_health(self) -> None:

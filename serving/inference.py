@@ -5,48 +5,29 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import __version__
 from serving import problems, replies
+from serving.access import Access, Admin, Caller, Gate, Infer, User
 from serving.answering import Answering
 from serving.config import NAME
 from serving.grammar import Grammars
-from serving.keys import Key, Keys
 from serving.metrics import Metrics
 from serving.replica import Replica, check_path
 from serving.schema import ChatRequest, CompletionRequest
 from serving.service import Served
 
-_ANYONE = ""
-"""The key of requests where none is asked for."""
 
-
-def _user(request: Request) -> Key | None:
-    keys: Keys | None = request.app.state.keys
-    return keys.check(request.headers.get("authorization")) if keys else None
-
-
-def _admin(key: Annotated[Key | None, Depends(_user)]) -> Key | None:
-    if key is not None:
-        key.require_role("admin")
-    return key
-
-
-User: TypeAlias = Annotated[Key | None, Depends(_user)]
-Admin: TypeAlias = Annotated[Key | None, Depends(_admin)]
-
-
-def _allow(key: Key | None, model: str) -> str:
-    """The id of a key that opens a model."""
-    if key is None:
-        return _ANYONE
-    key.require_model(model)
-    return key.id
+def resolve(caller: Caller, name: str) -> str:
+    """The name of what is served for a name that a caller gives. Raises ApiError (404)."""
+    if not caller.may_use(name):
+        raise problems.model_not_found(name)
+    return name
 
 
 class AdapterRequest(BaseModel):
@@ -72,7 +53,7 @@ def make_app(
     replica: Replica,
     *,
     root: Path,
-    keys: Keys | None,
+    access: Access,
     metrics: Metrics,
     lifespan: Callable[[FastAPI], Any] | None = None,
 ) -> FastAPI:
@@ -86,7 +67,11 @@ def make_app(
         redoc_url=None,
         lifespan=lifespan,
     )
-    problems.install(app, max_body_bytes=replica.recipe.http.max_body_bytes)
+    problems.install(
+        app,
+        max_body_bytes=replica.recipe.http.max_body_bytes,
+        gate=lambda inner: Gate(inner, access),
+    )
     answering = Answering(
         service=service,
         grammars=_Tokenizers(),
@@ -94,19 +79,21 @@ def make_app(
         on_end=metrics.tokens,
     )
 
-    app.state.keys = keys
+    app.state.access = access
 
     @app.post("/v1/chat/completions", response_model=replies.ChatCompletion)
-    async def chat(body: ChatRequest, request: Request, key: User) -> Response:
+    async def chat(body: ChatRequest, request: Request, caller: Infer) -> Response:
         """Answer a conversation."""
         with metrics.request("chat", body.model):
-            return await answering.chat(body, request, key=_allow(key, body.model))
+            resolve(caller, body.model)
+            return await answering.chat(body, request, key=caller.key_id)
 
     @app.post("/v1/completions", response_model=replies.TextCompletion)
-    async def complete(body: CompletionRequest, request: Request, key: User) -> Response:
+    async def complete(body: CompletionRequest, request: Request, caller: Infer) -> Response:
         """Continue texts."""
         with metrics.request("completions", body.model):
-            return await answering.complete(body, request, key=_allow(key, body.model))
+            resolve(caller, body.model)
+            return await answering.complete(body, request, key=caller.key_id)
 
     def described(name: str) -> replies.ModelObject:
         fixed = service.fixed.get(name)
@@ -127,20 +114,20 @@ def make_app(
         )
 
     @app.get("/v1/models", response_model=replies.ModelList)
-    async def list_models(key: User) -> Any:
-        """All models that the key may use."""
-        names = [n for n in service.names() if key is None or key.may_use(n)]
+    async def list_models(caller: User) -> Any:
+        """All models that the caller may use."""
+        names = [name for name in service.names() if caller.may_use(name)]
         return {"object": "list", "data": [described(name) for name in names]}
 
     @app.get("/v1/models/{model:path}", response_model=replies.ModelObject)
-    async def retrieve_model(model: str, key: User) -> Any:
+    async def retrieve_model(model: str, caller: User) -> Any:
         """One model."""
-        if model not in service.names() or (key is not None and not key.may_use(model)):
+        if model not in service.names() or not caller.may_use(model):
             raise problems.model_not_found(model)
         return described(model)
 
     @app.delete("/v1/models/{model:path}", response_model=replies.ModelDeleted)
-    async def delete_model(model: str, key: Admin) -> Any:
+    async def delete_model(model: str, caller: Admin) -> Any:
         """Serve an adapter no more; its files stay."""
         if model == service.base.name:
             raise problems.forbidden("The base model cannot be deleted.", param="model")
@@ -149,13 +136,13 @@ def make_app(
         return {"id": model, "object": "model", "deleted": True}
 
     @app.post("/v1/adapters", response_model=replies.ModelObject)
-    async def add_adapter(body: AdapterRequest, key: Admin) -> Any:
+    async def add_adapter(body: AdapterRequest, caller: Admin) -> Any:
         """Serve an adapter under a name, in place of what had the name."""
         await replica.add(body.name, check_path(root, body.path), body.mode)
         return described(body.name)
 
     @app.post("/v1/adapters/{name:path}/mode", response_model=replies.ModelObject)
-    async def switch_mode(name: str, body: ModeRequest, key: Admin) -> Any:
+    async def switch_mode(name: str, body: ModeRequest, caller: Admin) -> Any:
         """Serve an adapter live or merged from now on."""
         if name not in replica.registry.entries():
             raise problems.model_not_found(name)
@@ -163,7 +150,7 @@ def make_app(
         return described(name)
 
     @app.get("/v1/adapters")
-    async def list_adapters(key: Admin) -> dict[str, Any]:
+    async def list_adapters(caller: Admin) -> dict[str, Any]:
         """What is to be served, what is in memory, and what was refused."""
         loaded = service.adapters.loaded
         return {
@@ -188,8 +175,8 @@ def make_app(
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
-    async def render_metrics(key: User) -> Response:
-        """For Prometheus."""
+    async def render_metrics(caller: Admin) -> Response:
+        """For Prometheus, of all projects."""
         metrics.observe(service)
         body, content_type = metrics.render()
         return Response(body, media_type=content_type)
@@ -198,14 +185,15 @@ def make_app(
 
 
 @asynccontextmanager
-async def following(replica: Replica) -> AsyncIterator[None]:
-    """Bring a replica to its registry, and keep it there inside the block."""
+async def following(replica: Replica, access: Access) -> AsyncIterator[None]:
+    """Bring a replica to its registry, and keep it and its keys there inside the block."""
     await replica.reconcile()
-    task = asyncio.create_task(replica.follow())
+    tasks = [asyncio.create_task(one.follow()) for one in (replica, access)]
     try:
         yield
     finally:
-        task.cancel()
+        for task in tasks:
+            task.cancel()
 
 
 class _Tokenizers:

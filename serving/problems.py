@@ -11,7 +11,7 @@ import math
 import re
 import traceback
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Literal
 
@@ -24,13 +24,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on only
 
-from cluster.errors import LorayError
+from cluster.errors import LorayError, RegistryError
 
 MAX_MESSAGE_CHARS = 2000
 GONE = 499
 """Status of a request whose client went before its answer came (nginx's)."""
 _MAX_SHOWN_CHARS = 80
 _MAX_RETRY_AFTER_S = 3600
+_REGISTRY_RETRY_S = 2.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _UNREAD_BODY = "There was an error parsing the body"
@@ -201,17 +202,23 @@ def of_exception(error: Exception) -> tuple[int, ErrorBody, dict[str, str]]:
     return known.status, body, headers
 
 
-def install(app: FastAPI, *, max_body_bytes: int) -> None:
+def install(
+    app: FastAPI,
+    *,
+    max_body_bytes: int,
+    gate: Callable[[ASGIApp], ASGIApp] = lambda inner: inner,
+) -> None:
     """Make every error of this app an error object and give every response `x-request-id`.
 
     Bodies beyond `max_body_bytes` are answered with 413, unread where their length is declared.
+    gate: a layer before all routes, and before the paths that have none.
     """
     for kind in (HTTPException, RequestValidationError, ValidationError, LorayError, Exception):
         app.add_exception_handler(kind, _respond)
 
     def build_middleware_stack() -> ASGIApp:
         inner = FastAPI.build_middleware_stack(app)
-        return RequestId(_BodyLimit(_Shield(inner), max_body_bytes))
+        return RequestId(_BodyLimit(gate(_Shield(inner)), max_body_bytes))
 
     # `add_middleware` would put these inside the layer that answers bugs.
     app.build_middleware_stack = build_middleware_stack
@@ -312,6 +319,8 @@ async def _respond(request: Request, error: Exception) -> JSONResponse:
     status, body, more = of_exception(error)
     if status == 500:
         _log_bug(request, error)
+    elif isinstance(error, RegistryError):
+        _log.warning("event=registry_unavailable error=%s", error)
     return JSONResponse(body, status, {**headers, **more})
 
 
@@ -340,6 +349,10 @@ def _origin(error: Exception) -> Exception:
 def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, RegistryError):  # its text says where the database is
+        message = "The server's database cannot be reached at the moment. Please try again later."
+        wait_s = _REGISTRY_RETRY_S
+        return ApiError(message, status=error.status, code=error.code, retry_after_s=wait_s)
     if isinstance(error, LorayError):
         return ApiError(str(error), status=error.status, code=error.code)
     if isinstance(error, RequestValidationError):

@@ -10,12 +10,15 @@ from typing import Any
 
 import requests
 import uvicorn
+from fastapi import FastAPI
 from local_cluster import free_port
 from openai import OpenAI
 
 from cluster import config
+from cluster.registry import database
 from serving import inference
-from serving.config import ServeRecipe
+from serving.access import Access
+from serving.config import ServeRecipe, database_url
 from serving.keys import Keys
 from serving.metrics import Metrics
 from serving.replica import Replica, open_replica
@@ -31,6 +34,9 @@ class Running:
     client: OpenAI
     replica: Replica
     metrics: Metrics
+    database: database.Database
+    """Of its registry."""
+    app: FastAPI
 
     def post(self, path: str, body: Any, **options: Any) -> requests.Response:
         return requests.post(f"{self.url}{path}", json=body, timeout=60, **options)
@@ -52,12 +58,14 @@ def serving(
     recipe = config.build(ServeRecipe, tree, where="serve")
     metrics = Metrics(known=[recipe.model_name])
     replica = open_replica(recipe, directory / "registry", on_step=metrics.step)
+    opened = database.open_(database_url(recipe, directory / "registry"))
+    access = Access(opened, keys_file=Keys(keys) if keys else None, host=recipe.http.host)
     app = inference.make_app(
         replica,
         root=directory,
-        keys=Keys.load(keys) if keys else None,
+        access=access,
         metrics=metrics,
-        lifespan=lambda _: inference.following(replica),
+        lifespan=lambda _: inference.following(replica, access),
     )
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="on"))
@@ -71,11 +79,12 @@ def serving(
             assert time.monotonic() < deadline, "the server did not start"
             time.sleep(0.02)
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-        yield Running(url, client, replica, metrics)
+        yield Running(url, client, replica, metrics, opened, app)
     finally:
         server.should_exit = True
         thread.join(30)
         replica.close()
+        opened.close()
         assert not thread.is_alive(), "the server does not end"
 
 
