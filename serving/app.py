@@ -28,13 +28,16 @@ class Server:
         from serving.access import Access
         from serving.keys import Keys
         from serving.metrics import Metrics
+        from serving.quotas import Quotas
         from serving.replica import open_replica
 
         recipe = config.build(ServeRecipe, tree, where="serve")
         self._metrics = Metrics(known=[recipe.model_name])
         self._replica = open_replica(recipe, Path(directory), on_step=self._metrics.step)
+        opened = database.open_(database_url(recipe, Path(directory)))
+        self._quotas = Quotas(opened)
         self._access = Access(
-            database.open_(database_url(recipe, Path(directory))),
+            opened,
             keys_file=Keys(Path(recipe.keys_file)) if recipe.keys_file else None,
             host=recipe.http.host,
         )
@@ -48,8 +51,9 @@ class Server:
             self._replica,
             root=self._root,
             access=self._access,
+            quotas=self._quotas,
             metrics=self._metrics,
-            lifespan=lambda _: inference.following(self._replica, self._access),
+            lifespan=lambda _: inference.following(self._replica, self._access, self._quotas),
         )
 
     def check_health(self) -> None:

@@ -18,6 +18,7 @@ from serving.answering import Answering
 from serving.config import NAME
 from serving.grammar import Grammars
 from serving.metrics import Metrics
+from serving.quotas import Quotas
 from serving.replica import Replica, check_path
 from serving.schema import ChatRequest, CompletionRequest
 from serving.service import Served
@@ -54,6 +55,7 @@ def make_app(
     *,
     root: Path,
     access: Access,
+    quotas: Quotas,
     metrics: Metrics,
     lifespan: Callable[[FastAPI], Any] | None = None,
 ) -> FastAPI:
@@ -77,6 +79,7 @@ def make_app(
         grammars=_Tokenizers(),
         on_first=metrics.first_token,
         on_end=metrics.tokens,
+        on_spent=quotas.spend,
     )
 
     app.state.access = access
@@ -85,15 +88,21 @@ def make_app(
     async def chat(body: ChatRequest, request: Request, caller: Infer) -> Response:
         """Answer a conversation."""
         with metrics.request("chat", body.model):
+            quotas.take(caller)
             resolve(caller, body.model)
-            return await answering.chat(body, request, key=caller.key_id)
+            response = await answering.chat(body, request, key=caller.key_id)
+            response.headers.update(quotas.headers(caller))
+            return response
 
     @app.post("/v1/completions", response_model=replies.TextCompletion)
     async def complete(body: CompletionRequest, request: Request, caller: Infer) -> Response:
         """Continue texts."""
         with metrics.request("completions", body.model):
+            quotas.take(caller)
             resolve(caller, body.model)
-            return await answering.complete(body, request, key=caller.key_id)
+            response = await answering.complete(body, request, key=caller.key_id)
+            response.headers.update(quotas.headers(caller))
+            return response
 
     def described(name: str) -> replies.ModelObject:
         fixed = service.fixed.get(name)
@@ -185,15 +194,18 @@ def make_app(
 
 
 @asynccontextmanager
-async def following(replica: Replica, access: Access) -> AsyncIterator[None]:
-    """Bring a replica to its registry, and keep it and its keys there inside the block."""
+async def following(replica: Replica, access: Access, quotas: Quotas) -> AsyncIterator[None]:
+    """Bring a replica to its registry, and keep it, its keys and its counts there in the block."""
     await replica.reconcile()
     tasks = [asyncio.create_task(one.follow()) for one in (replica, access)]
+    counting = asyncio.create_task(quotas.follow())
     try:
         yield
     finally:
         for task in tasks:
             task.cancel()
+        quotas.end()
+        await counting
 
 
 class _Tokenizers:

@@ -73,6 +73,7 @@ class ApiError(LorayError):
         code: str | None = None,
         param: str | None = None,
         retry_after_s: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)  # The one argument; pickling carries the rest as attributes.
         # One class for all rows of the contract: these belong to the error, not to its class.
@@ -81,6 +82,7 @@ class ApiError(LorayError):
         self.type = type
         self.param = param
         self.retry_after_s = retry_after_s
+        self.headers = headers or {}
 
 
 def invalid(param: str, why: str) -> ApiError:
@@ -138,15 +140,20 @@ def too_large(limit_bytes: int) -> ApiError:
 
 
 def rate_limited(
-    retry_after_s: float, why: str, *, kind: Literal["requests", "tokens"] = "requests"
+    retry_after_s: float,
+    why: str,
+    *,
+    kind: Literal["requests", "tokens"] = "requests",
+    headers: Mapping[str, str] | None = None,
 ) -> ApiError:
-    """429: this client has used up its share."""
+    """429: this client has used up its share. headers: its x-ratelimit-*."""
     return ApiError(
         why,
         status=429,
         type=kind,
         code="rate_limit_exceeded",
         retry_after_s=retry_after_s,
+        headers=headers,
     )
 
 
@@ -190,7 +197,7 @@ def of_exception(error: Exception) -> tuple[int, ErrorBody, dict[str, str]]:
     Retry-After says when. A bug (500) is not repeated: it would cost the same tokens again.
     """
     known = _as_api_error(_origin(error))
-    headers: dict[str, str] = {}
+    headers = dict(known.headers)
     if known.retry_after_s is not None:
         seconds = min(max(1.0, known.retry_after_s), _MAX_RETRY_AFTER_S)
         headers["Retry-After"] = str(math.ceil(seconds))

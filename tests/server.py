@@ -21,6 +21,7 @@ from serving.access import Access
 from serving.config import ServeRecipe, database_url
 from serving.keys import Keys
 from serving.metrics import Metrics
+from serving.quotas import Quotas
 from serving.replica import Replica, open_replica
 
 _START_S = 60.0
@@ -60,12 +61,14 @@ def serving(
     replica = open_replica(recipe, directory / "registry", on_step=metrics.step)
     opened = database.open_(database_url(recipe, directory / "registry"))
     access = Access(opened, keys_file=Keys(keys) if keys else None, host=recipe.http.host)
+    quotas = Quotas(opened)
     app = inference.make_app(
         replica,
         root=directory,
         access=access,
+        quotas=quotas,
         metrics=metrics,
-        lifespan=lambda _: inference.following(replica, access),
+        lifespan=lambda _: inference.following(replica, access, quotas),
     )
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="on"))
