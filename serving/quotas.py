@@ -126,11 +126,9 @@ class Quotas:
 
     async def sync(self) -> None:
         """Add to the registry what was counted here, and read what all have used."""
-        rows = [
-            _Row(key_id, kind, count.window, count.own)
-            for key_id, kind in sorted(self._touched)  # in one order, or replicas could deadlock
-            if (count := self._counts.get((key_id, kind))) is not None
-        ]
+        touched = [(place, self._counts[place]) for place in self._touched]
+        rows = [_Row(key_id, kind, count.window, count.own) for (key_id, kind), count in touched]
+        rows.sort(key=lambda row: (row.key_id, row.kind))  # or replicas could deadlock
         self._touched.clear()
         self._forget()
         if not rows:
@@ -193,6 +191,7 @@ class Quotas:
         ]
         for place in over:
             del self._counts[place]
+            self._touched.discard(place)
 
     def _window(self, kind: Kind) -> int:
         length = _WINDOW_S[kind]

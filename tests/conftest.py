@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import chaos
 import fsspec
+import postgres as postgres_room
 import pytest
 from tiny import make_base
 
@@ -44,10 +45,23 @@ def nothing_left() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def registry_url(tmp_path: Path) -> str:
-    """URL of an empty database for a registry."""
-    return database.sqlite_url(tmp_path / "registry.db")
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[postgres_room.PostgresServer]:
+    """A PostgreSQL server, for the whole session."""
+    found = postgres_room.binaries()
+    if found is None:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    with postgres_room.postgres_server(found) as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def registry_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an empty database for a registry, of each kind."""
+    if request.param == "sqlite":
+        return database.sqlite_url(tmp_path / "registry.db")
+    server: postgres_room.PostgresServer = request.getfixturevalue("postgres")
+    return server.make_database()
 
 
 @pytest.fixture
