@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve import Application
 
 from cluster import config
-from serving.config import ServeRecipe
+from serving.config import ServeRecipe, database_url
 
 _ONGOING_PER_ROW = 64
 """Requests that Serve lets into a replica at once, for each row: our own queue is the fair one."""
@@ -27,20 +27,28 @@ class Server:
     def __init__(self, tree: dict[str, Any], directory: str, root: str) -> None:
         """tree: a ServeRecipe as plain data. directory: of the registry. root: of adapters."""
         # torch and transformers: seconds that the driver, which knows this class, must not spend
+        from cluster.registry import database
+        from serving.access import Access
         from serving.keys import Keys
         from serving.metrics import Metrics
+        from serving.quotas import Quotas
         from serving.replica import open_replica
 
         recipe = config.build(ServeRecipe, tree, where="serve")
         self._metrics = Metrics(known=[recipe.model_name])
         self._replica = open_replica(recipe, Path(directory), on_step=self._metrics.step)
-        self._keys = Keys.load(Path(recipe.keys_file)) if recipe.keys_file else None
+        opened = database.open_(database_url(recipe, Path(directory)))
+        self._quotas = Quotas(opened)
+        self._access = Access(
+            opened,
+            keys_file=Keys(Path(recipe.keys_file)) if recipe.keys_file else None,
+            host=recipe.http.host,
+        )
         self._root = Path(root)
         self._tuning = None
         if recipe.tuning is not None:
             from serving import tuning
 
-            opened = tuning.open_database(recipe, Path(directory))
             self._tuning = tuning.open_tuning(recipe, opened, self._replica)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -50,11 +58,15 @@ class Server:
         return inference.make_app(
             self._replica,
             root=self._root,
-            keys=self._keys,
+            access=self._access,
+            quotas=self._quotas,
             metrics=self._metrics,
             tuning=self._tuning,
             lifespan=lambda _: inference.following(
-                self._replica, self._tuning.models if self._tuning else None
+                self._replica,
+                self._access,
+                self._quotas,
+                self._tuning.models if self._tuning else None,
             ),
         )
 
@@ -70,11 +82,12 @@ class Tuner:
 
     def __init__(self, tree: dict[str, Any], directory: str, jobs_api: str) -> None:
         """tree: a ServeRecipe as plain data. directory: of the registry."""
+        from cluster.registry import database
         from serving import tuning
         from serving.ray_runs import RayRuns
 
         recipe = config.build(ServeRecipe, tree, where="serve")
-        opened = tuning.open_database(recipe, Path(directory))
+        opened = database.open_(database_url(recipe, Path(directory)))
         self._stop = threading.Event()
         dispatcher = tuning.open_dispatcher(
             recipe, opened, RayRuns(jobs_api), holder=f"{socket.gethostname()}-{os.getpid()}"

@@ -14,13 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import __version__
 from serving import files, finetuning, problems, replies
-from serving.access import Admin, Caller, Infer, User
+from serving.access import Access, Admin, Caller, Gate, Infer, User
 from serving.answering import Answering
 from serving.config import NAME
 from serving.grammar import Grammars
 from serving.job_book import JobBook
-from serving.keys import Keys
 from serving.metrics import Metrics
+from serving.quotas import Quotas
 from serving.replica import Replica, check_path
 from serving.schema import ChatRequest, CompletionRequest
 from serving.service import Served
@@ -61,7 +61,8 @@ def make_app(
     replica: Replica,
     *,
     root: Path,
-    keys: Keys | None,
+    access: Access,
+    quotas: Quotas,
     metrics: Metrics,
     tuning: Tuning | None = None,
     lifespan: Callable[[FastAPI], Any] | None = None,
@@ -81,15 +82,17 @@ def make_app(
         app,
         max_body_bytes=replica.recipe.http.max_body_bytes,
         longer=files.body_limits(tuning.shelf.limits) if tuning else None,
+        gate=lambda inner: Gate(inner, access),
     )
     answering = Answering(
         service=service,
         grammars=_Tokenizers(),
         on_first=metrics.first_token,
         on_end=metrics.tokens,
+        on_spent=quotas.spend,
     )
 
-    app.state.keys = keys
+    app.state.access = access
 
     async def resolve(caller: Caller, name: str) -> None:
         """Have a model that the caller may use ready. Raises ApiError (404)."""
@@ -103,15 +106,21 @@ def make_app(
     async def chat(body: ChatRequest, request: Request, caller: Infer) -> Response:
         """Answer a conversation."""
         with metrics.request("chat", body.model):
+            quotas.take(caller)
             await resolve(caller, body.model)
-            return await answering.chat(body, request, key=caller.key_id)
+            response = await answering.chat(body, request, key=caller.key_id)
+            response.headers.update(quotas.headers(caller))
+            return response
 
     @app.post("/v1/completions", response_model=replies.TextCompletion)
     async def complete(body: CompletionRequest, request: Request, caller: Infer) -> Response:
         """Continue texts."""
         with metrics.request("completions", body.model):
+            quotas.take(caller)
             await resolve(caller, body.model)
-            return await answering.complete(body, request, key=caller.key_id)
+            response = await answering.complete(body, request, key=caller.key_id)
+            response.headers.update(quotas.headers(caller))
+            return response
 
     def described(name: str) -> replies.ModelObject:
         fixed = service.fixed.get(name)
@@ -220,8 +229,8 @@ def make_app(
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
-    async def render_metrics(caller: User) -> Response:
-        """For Prometheus."""
+    async def render_metrics(caller: Admin) -> Response:
+        """For Prometheus, of all projects."""
         metrics.observe(service)
         body, content_type = metrics.render()
         return Response(body, media_type=content_type)
@@ -237,17 +246,23 @@ def make_app(
 
 
 @asynccontextmanager
-async def following(replica: Replica, models: TunedModels | None = None) -> AsyncIterator[None]:
-    """Bring a replica to its registry, and keep it there inside the block."""
+async def following(
+    replica: Replica, access: Access, quotas: Quotas, models: TunedModels | None = None
+) -> AsyncIterator[None]:
+    """Bring a replica to its registry, and keep it, its keys and its counts there in the block."""
     await replica.reconcile()
-    tasks = [asyncio.create_task(replica.follow())]
+    followers = [replica.follow(), access.follow()]
     if models is not None:
-        tasks.append(asyncio.create_task(models.follow()))
+        followers.append(models.follow())
+    tasks = [asyncio.create_task(follower) for follower in followers]
+    counting = asyncio.create_task(quotas.follow())
     try:
         yield
     finally:
         for task in tasks:
             task.cancel()
+        quotas.end()
+        await counting
 
 
 class _Tokenizers:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.registry import database
 from cluster.registry.database import Database
 from serving.config import ServeRecipe
 from serving.dispatcher import Dispatcher
@@ -14,11 +13,6 @@ from serving.replica import Replica
 from serving.runner import Runner
 from serving.shelf import FileLimits, Shelf
 from serving.tuned_models import TunedModels
-
-
-def open_database(recipe: ServeRecipe, directory: Path) -> Database:
-    """The registry's database. directory: of the registry. Raises ConfigError, RegistryError."""
-    return database.open_(recipe.database or database.sqlite_url(directory / "registry.db"))
 
 
 def open_tuning(
