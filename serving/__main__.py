@@ -54,6 +54,8 @@ def serve(
 
     recipe = config.load(file, overrides or ())
     directory, root = config.registry_of(recipe, file), Path(recipe.adapters_root)
+    for hook in recipe.webhooks:
+        hook.secret()
     has_keys = _has_keys(recipe, directory)  # refuses before Ray is started
     if print_config:
         from serving import app

@@ -95,11 +95,16 @@ class Tuner:
         self._thread = threading.Thread(
             target=dispatcher.run, args=(self._stop,), name="dispatcher", daemon=True
         )
+        courier = tuning.open_courier(recipe, opened)
+        self._delivering = threading.Thread(
+            target=courier.run, args=(self._stop,), name="courier", daemon=True
+        )
         self._thread.start()
+        self._delivering.start()
 
     def check_health(self) -> None:
-        """Have Serve replace one whose loop has ended."""
-        if not self._thread.is_alive():
+        """Have Serve replace one whose loops have ended."""
+        if not (self._thread.is_alive() and self._delivering.is_alive()):
             raise RuntimeError("the dispatcher has ended")
 
     def __del__(self) -> None:

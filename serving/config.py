@@ -11,6 +11,7 @@ from typing import Literal
 from cluster import config
 from cluster.errors import ConfigError
 from serving.tuning_config import TuningConfig
+from serving.webhook import Webhook
 from training.config import ModelConfig
 
 Mode = Literal["auto", "live", "merged"]
@@ -129,6 +130,8 @@ class ServeRecipe:
     SQLite file in the directory of `registry`. Replicas on several nodes need PostgreSQL."""
     tuning: TuningConfig | None = None
     """Fine-tuning over HTTP; null: off."""
+    webhooks: tuple[Webhook, ...] = ()
+    """Who is told of jobs' ends; nobody else can be."""
     http: HttpConfig = field(default_factory=HttpConfig)
     limits: Limits = field(default_factory=Limits)
     keys_file: str | None = None
@@ -156,6 +159,10 @@ class ServeRecipe:
         twice = sorted(name for name, count in counts.items() if count > 1)
         if twice:
             raise ConfigError(f"adapters: the name {twice[0]!r} stands twice; give each its own")
+        urls = Counter(hook.url for hook in self.webhooks)
+        if len(urls) < len(self.webhooks):
+            number = next(n for n, hook in enumerate(self.webhooks) if urls[hook.url] > 1)
+            raise ConfigError(f"webhooks: the url of number {number + 1} stands twice; join them")
         if self.model_name in counts:
             raise ConfigError(f"adapters: {self.model_name!r} is the base's name; choose another")
 
@@ -184,6 +191,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> ServeRecipe:
         adapters=tuple(replace(a, path=_absolute(a.path)) for a in recipe.adapters),
         adapters_root=_absolute(recipe.adapters_root),
         keys_file=_absolute(keys) if keys is not None else None,
+        webhooks=tuple(replace(w, secret_file=_absolute(w.secret_file)) for w in recipe.webhooks),
         tuning=recipe.tuning and replace(recipe.tuning, storage=_absolute(recipe.tuning.storage)),
     )
 

@@ -55,13 +55,16 @@ class JobBook:
         base: str,
         unfinished_per_key: int,
         clock: Callable[[], float],
+        on_end: Callable[[Session, Job], None] = lambda session, job: None,
     ) -> None:
-        """base: the name of the model that jobs start from."""
+        """base: the name of the model that jobs start from. on_end: called in the transaction in
+        which a job ends of which nothing runs; the dispatcher sees the others end."""
         self.database = database
         self._shelf = shelf
         self._base = base
         self._unfinished_per_key = unfinished_per_key
         self._clock = clock
+        self._on_end = on_end
 
     def create(self, body: CreateJob, caller: Caller, *, idempotency_key: str | None = None) -> Job:
         """A new job, or the one that the same request has made already.
@@ -157,6 +160,8 @@ class JobBook:
             job.wanted, job.status = "cancel", "cancelled"
             job.finished_at, job.estimated_finish = self._clock(), None
             tell(session, job, self._clock(), Line(message="The job was cancelled"))
+            if job.run_job is None:
+                self._on_end(session, job)
             return job
 
     def pause(self, project: str, id: str) -> Job:

@@ -4,8 +4,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from sqlalchemy.orm import Session
+
+from cluster.registry import webhooks
 from cluster.registry.database import Database
+from cluster.registry.tables import Job
+from serving import webhook
 from serving.config import ServeRecipe
+from serving.courier import Courier
 from serving.dispatcher import Dispatcher
 from serving.inference import Tuning
 from serving.job_book import JobBook
@@ -34,6 +40,7 @@ def open_tuning(
             base=recipe.model_name,
             unfinished_per_key=recipe.tuning.unfinished_per_key,
             clock=clock,
+            on_end=_tell_of_ends(recipe, clock),
         ),
         models=TunedModels(opened, replica.service.adapters, clock=clock),
         organization=recipe.tuning.organization,
@@ -58,7 +65,30 @@ def open_dispatcher(
         model=recipe.model,
         holder=holder,
         clock=clock,
+        on_end=_tell_of_ends(recipe, clock),
     )
+
+
+def open_courier(
+    recipe: ServeRecipe, opened: Database, *, clock: Callable[[], float] = time.time
+) -> Courier:
+    """What delivers to the webhooks. Raises ConfigError for a secret that is none."""
+    for hook in recipe.webhooks:
+        hook.secret()
+    return Courier(database=opened, hooks=recipe.webhooks, clock=clock)
+
+
+def _tell_of_ends(
+    recipe: ServeRecipe, clock: Callable[[], float]
+) -> Callable[[Session, Job], None]:
+    def on_end(session: Session, job: Job) -> None:
+        type_ = f"fine_tuning.job.{job.status}"
+        urls = webhook.destinations(recipe.webhooks, project=job.project, type=type_)
+        webhooks.enqueue(
+            session, project=job.project, type=type_, data_id=job.id, now=clock(), urls=urls
+        )
+
+    return on_end
 
 
 def _shelf(recipe: ServeRecipe, opened: Database, clock: Callable[[], float]) -> Shelf:

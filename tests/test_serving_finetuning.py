@@ -1,5 +1,6 @@
 """Fine-tuning jobs over a real socket, with the stock client."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,12 @@ import openai
 import pytest
 from process_runs import ProcessRuns
 from server import Running, serving, until
+from sqlalchemy import select
 from test_training_adapter import make_adapter
 
 from cluster import storage
+from cluster.registry import database
+from cluster.registry.tables import Delivery
 
 LINES = b"".join(
     b'{"messages": [{"role": "user", "content": "say %d"}, '
@@ -136,3 +140,33 @@ def test_a_job_that_is_cancelled_leaves_nothing_running(server: Running, runs: P
     assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
     with pytest.raises(openai.BadRequestError, match="is cancelled and cannot be resumed"):
         client.fine_tuning.jobs.resume(job.id)
+
+
+def test_each_job_that_ends_is_told_to_the_webhooks_once(
+    tmp_path: Path, tiny_base: Path, runs: ProcessRuns
+) -> None:
+    hook = {"url": "https://hooks.example/", "secret_file": "secret"}
+    tuning = {"storage": str(tmp_path / "runs")}
+    with serving(tmp_path, tiny_base, tuning=tuning, runner=runs, webhooks=[hook]) as server:
+        jobs = server.client.fine_tuning.jobs
+        file = upload(server.client)
+        base = base_of(server)
+        one = jobs.create(model=base, training_file=file, seed=1)
+        wait(server, one.id, "running", "succeeded")
+        queued = jobs.create(model=base, training_file=file, seed=2)
+        cancelled = [jobs.cancel(queued.id).status for _ in range(2)]
+        assert cancelled == ["cancelled", "cancelled"]
+        short = upload(server.client, LINES[:80])
+        bad = jobs.create(model=base, training_file=short)
+        for job in (one, bad):
+            wait(server, job.id)
+        opened = database.open_(database.sqlite_url(tmp_path / "registry" / "registry.db"))
+        with opened.read() as session:
+            bodies = [json.loads(row.body) for row in session.scalars(select(Delivery))]
+        opened.close()
+    assert {body["data"]["id"]: body["type"] for body in bodies} == {
+        one.id: "fine_tuning.job.succeeded",
+        queued.id: "fine_tuning.job.cancelled",
+        bad.id: "fine_tuning.job.failed",
+    }
+    assert len(bodies) == 3
