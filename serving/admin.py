@@ -4,33 +4,24 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 from urllib.parse import quote
 
-import requests
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.errors import ClusterError, ConfigError
+from serving.connection import ApiKey, Url, connect
 
 if TYPE_CHECKING:
     from cluster.registry.database import Database
 
-_TIMEOUT_S = 600.0
-"""A merge takes its time."""
-
 adapters = typer.Typer(no_args_is_help=True, help="Add, remove and list adapters of a server.")
 keys = typer.Typer(no_args_is_help=True, help="Make and revoke API keys of a server.")
 
-Url = Annotated[str, typer.Option(help="Where the server answers.")]
-ApiKey = Annotated[
-    str | None, typer.Option(envvar="LORAY_API_KEY", help="A key with the scope admin.")
-]
 Name = Annotated[str, typer.Argument(help="What clients give as `model`.", show_default=False)]
 ServeFile = Annotated[Path, typer.Argument(help="The server's file.", show_default=False)]
 KeyId = Annotated[str, typer.Argument(help="The part after sk-loray-.", show_default=False)]
-_URL = "http://127.0.0.1:8000"
 
 
 @adapters.command()
@@ -38,18 +29,19 @@ def add(
     name: Name,
     path: Annotated[str, typer.Argument(help="Directory, relative to adapters_root.")],
     mode: Annotated[Literal["live", "merged"], typer.Option()] = "live",
-    url: Url = _URL,
+    url: Url = None,
     key: ApiKey = None,
 ) -> None:
     """Serve an adapter, or a new version of one, while requests flow."""
-    _call("POST", url, "/v1/adapters", key, {"name": name, "path": path, "mode": mode})
-    print(f"{name} answers at {url}/v1")
+    server = connect(url, key)
+    server.call("POST", "/v1/adapters", {"name": name, "path": path, "mode": mode})
+    print(f"{name} answers at {server.url}/v1")
 
 
 @adapters.command()
-def remove(name: Name, url: Url = _URL, key: ApiKey = None) -> None:
+def remove(name: Name, url: Url = None, key: ApiKey = None) -> None:
     """Serve an adapter no more; its files stay."""
-    _call("DELETE", url, f"/v1/models/{quote(name)}", key)
+    connect(url, key).call("DELETE", f"/v1/models/{quote(name)}")
     print(f"{name} is not served any more")
 
 
@@ -57,19 +49,19 @@ def remove(name: Name, url: Url = _URL, key: ApiKey = None) -> None:
 def switch(
     name: Name,
     mode: Annotated[Literal["live", "merged"], typer.Argument()],
-    url: Url = _URL,
+    url: Url = None,
     key: ApiKey = None,
 ) -> None:
     """Serve an adapter live or merged from now on."""
-    _call("POST", url, f"/v1/adapters/{quote(name)}/mode", key, {"mode": mode})
+    connect(url, key).call("POST", f"/v1/adapters/{quote(name)}/mode", {"mode": mode})
     print(f"{name} is served {mode}")
 
 
 @adapters.command("list")
-def list_(url: Url = _URL, key: ApiKey = None) -> None:
+def list_(url: Url = None, key: ApiKey = None) -> None:
     """What is served."""
     table = Table("name", "mode", "in memory", "path", "refused because")
-    for row in _call("GET", url, "/v1/adapters", key)["data"]:
+    for row in connect(url, key).call("GET", "/v1/adapters")["data"]:
         loaded = "yes" if row["is_loaded"] else "no"
         table.add_row(row["name"], row["mode"], loaded, row["path"], row["error"] or "")
     Console().print(table)
@@ -176,26 +168,3 @@ def _end(revoked_at: float | None, now: float) -> str:
     if revoked_at is None:
         return ""
     return "revoked" if revoked_at <= now else _day(revoked_at)
-
-
-def _call(
-    method: str, url: str, path: str, key: str | None, body: dict[str, str] | None = None
-) -> Any:
-    """What the server answers. Raises ConfigError for what it refuses, ClusterError without it."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        answer = requests.request(
-            method, f"{url.rstrip('/')}{path}", json=body, headers=headers, timeout=_TIMEOUT_S
-        )
-    except requests.RequestException as error:
-        raise ClusterError(
-            f"no server answers at {url} ({type(error).__name__}); start one with `loray serve`, "
-            "or give its --url"
-        ) from None
-    if answer.ok:
-        return answer.json()
-    try:
-        message = answer.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = f"status {answer.status_code}"
-    raise ConfigError(f"{url}: {message}")

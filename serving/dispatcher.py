@@ -17,7 +17,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from cluster import storage
-from cluster.errors import FencedError, LorayError, RegistryError, StorageError
+from cluster.errors import FencedError, LorayError, RegistryError
 from cluster.registry import cards, leases
 from cluster.registry.cards import Card
 from cluster.registry.database import Database
@@ -129,7 +129,7 @@ class Dispatcher:
     def _validate(self, seen: Job) -> None:
         fates = [
             self._look_at(seen, param)
-            for param in ("training_file", "validation_file")
+            for param in job_recipe.FILES
             if getattr(seen, param) is not None
         ]
         if "wait" in fates:
@@ -218,30 +218,18 @@ class Dispatcher:
 
     def _start(self, seen: Job) -> None:
         try:
-            files = {
-                param: self.shelf.path(self.shelf.get(seen.project, getattr(seen, param)))
-                for param in ("training_file", "validation_file")
-                if getattr(seen, param) is not None and not self._has_link(seen, param)
-            }
+            files = self._files(seen)
+            recipe = job_recipe.recipe_of(self.tuning, self.model, seen)
         except ApiError:
             message = "The training or validation file was deleted while the job was queued."
             return self._end_badly(seen, Fate(code="invalid_training_file", message=message))
-        for param in ("training_file", "validation_file"):
-            if getattr(seen, param) is not None and param not in files:
-                files[param] = self._link(seen, param)
-        try:
-            target = job_recipe.write(self.tuning, self.model, seen, files)
-            recipe = job_recipe.recipe_of(
-                self.tuning, self.model, seen, {name: str(path) for name, path in files.items()}
-            )
-        except StorageError:
-            raise
         except LorayError as error:
-            return self._end_badly(seen, Fate(code=error.code, message=str(error)))
+            return self._end_badly(seen, Fate(code=str(error.code), message=str(error)))
         room = self.runner.room()
         needs = job_recipe.needs(recipe, room.total)
         if any(room.free.get(name, 0) < amount for name, amount in needs.items()):
             return None
+        target = job_recipe.write(self.tuning, seen, recipe, files)
         with self.database.write() as session:
             job = self._locked(session, seen)
             if job is None or job.status != "queued":
@@ -251,11 +239,15 @@ class Dispatcher:
         self.runner.start(started, target)
         return None
 
-    def _has_link(self, job: Job, param: str) -> bool:
-        return self._link(job, param).exists()
-
-    def _link(self, job: Job, param: str) -> Path:
-        return job_recipe.run_dir(self.tuning, job) / f"{param}.jsonl"
+    def _files(self, job: Job) -> dict[str, Path]:
+        """The files of a job that has not begun; one that has holds links of its own."""
+        if job.attempt:
+            return {}
+        return {
+            param: self.shelf.path(self.shelf.get(job.project, getattr(job, param)))
+            for param in job_recipe.FILES
+            if getattr(job, param) is not None
+        }
 
     def _follow(self, seen: Job) -> None:
         """Take a job as far as its run has come."""
