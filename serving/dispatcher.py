@@ -67,6 +67,8 @@ class Dispatcher:
     holder: str
     """Tells this process from others."""
     clock: Callable[[], float] = time.time
+    lease_s: float = _LEASE_S
+    """After so long without a word of it, another dispatches."""
     on_end: Callable[[Session, Job], None] = lambda session, job: None
     """Called in the transaction in which a job comes to its end."""
     _token: int = 0
@@ -89,7 +91,7 @@ class Dispatcher:
     def step(self) -> bool:
         """Look at everything once; whether this process is the one that dispatches."""
         token = leases.take(
-            self.database, LEASE, holder=self.holder, now=self.clock(), for_s=_LEASE_S
+            self.database, LEASE, holder=self.holder, now=self.clock(), for_s=self.lease_s
         )
         if token is None:
             self._token = 0

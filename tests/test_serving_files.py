@@ -30,7 +30,7 @@ from openai.types import FileDeleted, FileObject
 
 from cluster.registry import database
 from serving import files, problems, upload
-from serving.access import Caller
+from serving.access import Caller, Gate
 from serving.checking import Checking, CheckLimits
 from serving.shelf import FileLimits, Shelf
 
@@ -43,7 +43,7 @@ SECRET = "the patient's name is Ada"
 class Access:
     """Keys that are the names of their projects."""
 
-    def check(self, authorization: str | None) -> Caller:
+    async def check(self, authorization: str | None, *, client: str | None) -> Caller:
         project = (authorization or "").removeprefix("Bearer ")
         if project == "infer-only":
             return Caller(project=project, scopes=frozenset({"infer"}))
@@ -78,8 +78,14 @@ def serving(directory: Path, limits: FileLimits = LIMITS) -> Iterator[Running]:
     opened = database.open_(database.sqlite_url(directory / "registry.db"))
     shelf = Shelf(opened, directory / "runs", limits, time.time)
     app = FastAPI(responses=problems.RESPONSES)
-    problems.install(app, max_body_bytes=64 << 10, longer=files.body_limits(limits))
-    app.state.access = Access()
+    access: Any = Access()
+    problems.install(
+        app,
+        max_body_bytes=64 << 10,
+        longer=files.body_limits(limits),
+        gate=lambda inner: Gate(inner, access),
+    )
+    app.state.access = access
     app.include_router(files.router(shelf))
 
     @app.post("/echo")
