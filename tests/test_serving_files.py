@@ -345,6 +345,7 @@ def test_where_tuning_is_off_the_routes_say_so() -> None:
 
     app = FastAPI()
     problems.install(app, max_body_bytes=1 << 10)
+    app.state.access = None
     app.include_router(files.router(None))
     with TestClient(app) as client:
         for method, path in (
