@@ -26,8 +26,6 @@ ServeFile = Annotated[
 ]
 
 
-_JOBS_API = "http://127.0.0.1:8265"
-"""Of a cluster whose head is this machine."""
 PRIVATE_RAY = {
     # Ray (2.60) runs workers at niceness 15, so that clients on this machine would slow the engine.
     "RAY_worker_niceness": "0",
@@ -94,7 +92,7 @@ def serve(
         try:
             ray_serve.run(app.build(recipe, directory, root), name="loray", route_prefix="/")
             if recipe.tuning is not None:
-                jobs_api = recipe.tuning.jobs_api or ray_session.jobs_api or _JOBS_API
+                jobs_api = recipe.tuning.jobs_api or ray_session.jobs_api or app.JOBS_API
                 tuner = app.build_tuner(recipe, directory, jobs_api)
                 ray_serve.run(tuner, name="loray-jobs", route_prefix=None)
             url = f"http://{recipe.http.host}:{recipe.http.port}/v1"

@@ -17,6 +17,8 @@ _ONGOING_PER_ROW = 64
 """Requests that Serve lets into a replica at once, for each row: our own queue is the fair one."""
 _HEALTH_PERIOD_S = 5.0
 _DRAIN_S = 600.0
+JOBS_API = "http://127.0.0.1:8265"
+"""Of a cluster whose head is the machine of the dispatcher."""
 
 
 @serve.deployment
@@ -154,23 +156,36 @@ def application(args: dict[str, Any]) -> Application:
     return build(recipe, Path(args["registry"]), Path(args["root"]))
 
 
+def tuner_application(args: dict[str, Any]) -> Application:
+    """The dispatcher for `serve deploy`; args: of the application in `deploy_config`."""
+    recipe = config.build(ServeRecipe, args["recipe"], where="args.recipe")
+    return build_tuner(recipe, Path(args["registry"]), args["jobs_api"])
+
+
 def deploy_config(recipe: ServeRecipe, directory: Path, root: Path) -> dict[str, Any]:
     """A config file of Ray Serve, as a tree, that serves a serving file on a cluster."""
+    plain = {"recipe": config.plain(recipe), "registry": str(directory)}
+    applications: list[dict[str, Any]] = [
+        {
+            "name": "loray",
+            "route_prefix": "/",
+            "import_path": "serving.app:application",
+            "args": {**plain, "root": str(root)},
+        }
+    ]
+    if recipe.tuning is not None:
+        applications.append(
+            {
+                "name": "loray-jobs",
+                "route_prefix": None,
+                "import_path": "serving.app:tuner_application",
+                "args": {**plain, "jobs_api": recipe.tuning.jobs_api or JOBS_API},
+            }
+        )
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": recipe.http.host, "port": recipe.http.port},
-        "applications": [
-            {
-                "name": "loray",
-                "route_prefix": "/",
-                "import_path": "serving.app:application",
-                "args": {
-                    "recipe": config.plain(recipe),
-                    "registry": str(directory),
-                    "root": str(root),
-                },
-            }
-        ],
+        "applications": applications,
     }
 
 

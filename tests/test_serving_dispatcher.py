@@ -160,7 +160,9 @@ def test_a_key_runs_no_more_jobs_at_once_than_it_may_and_none_without_room(
     class Endless(Instant):
         def start(self, run_job: str, recipe: Path) -> None:
             self.order.append(run_job)
-            EventLog(recipe.parent / "events.jsonl").write("started", from_step=0, num_steps=9)
+            events = EventLog(recipe.parent / "events.jsonl")
+            events.write("started", from_step=0, num_steps=9)
+            events.close()
 
         def state(self, run_job: str) -> RunState:
             return "alive"
