@@ -33,6 +33,7 @@ app.add_typer(admin.adapters, name="adapters")
 app.add_typer(admin.keys, name="keys")
 app.add_typer(jobs, name="jobs")
 app.command()(connection.login)
+app.add_typer(admin.registry, name="registry")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, the last line.")]
 Adapter = Annotated[str, typer.Argument(help="An adapter directory.", show_default=False)]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cluster.registry.database import Database
 
 adapters = typer.Typer(no_args_is_help=True, help="Add, remove and list adapters of a server.")
+registry = typer.Typer(no_args_is_help=True, help="The registry of a server.")
 keys = typer.Typer(no_args_is_help=True, help="Make and revoke API keys of a server.")
 
 Name = Annotated[str, typer.Argument(help="What clients give as `model`.", show_default=False)]
@@ -144,6 +145,27 @@ def list_keys(file: ServeFile) -> None:
                 _end(key.revoked_at, now),
             )
     Console().print(table)
+
+
+@registry.command()
+def rebuild(file: ServeFile) -> None:
+    """Bring the models that jobs have left in storage back into a registry that was lost."""
+    from cluster.registry import rebuild as room
+    from serving import config
+    from training import checkpoint
+
+    tuning = config.load(file).tuning
+    if tuning is None:
+        raise ConfigError(f"{file} has no section tuning; add it, with its storage")
+    with _database(file) as database:
+        report = room.rebuild(
+            database, Path(tuning.storage), adapter_of=checkpoint.adapter_directory
+        )
+    for line in report.broken:
+        print(f"left out: {line}")
+    print(
+        f"{len(report.added)} models added, {report.num_known} known, {len(report.broken)} left out"
+    )
 
 
 @contextmanager

@@ -179,7 +179,7 @@ def make_app(
     async def delete_model(model: str, caller: User) -> Any:
         """Serve a model no more; its files stay. One that was tuned: by its project."""
         is_deleted = False
-        if tuned is not None and caller.scopes & {"tune", "admin"}:
+        if tuned is not None and caller.scopes & {"tune", "admin"} and caller.may_use(model):
             is_deleted = await tuned.delete(caller, model)
         if not is_deleted:
             caller.require("admin")

@@ -36,6 +36,10 @@ GONE = 499
 """Status of a request whose client went before its answer came (nginx's)."""
 _MAX_SHOWN_CHARS = 80
 _MAX_RETRY_AFTER_S = 3600
+_PRIVATE = ("messages", "prompt", "suffix", "stop", "tools", "metadata", "user")
+"""Fields whose texts are not repeated."""
+_NAMES_OF_KINDS = ("role", "type")
+"""Within them: what is wrong there is no text of anybody's."""
 _SHORT_BYTES = 64 << 10
 """A body that is read to its end even where it is refused, so that the connection stays."""
 _TELL_BYTES = 1 << 20
@@ -477,7 +481,10 @@ def _of_validation(errors: Sequence[Mapping[str, Any]], *, has_place: bool) -> A
     if kind in ("unknown_field", "extra_forbidden"):
         return ApiError(f"{named}: {error['msg']}", status=400, param=param)
     code = "unsupported_value" if kind == "unsupported_value" else "invalid_value"
-    message = f"{named}: {error['msg']}; got {_shown(error['input'])}"
+    is_private = place[:1] and place[0] in _PRIVATE and place[-1] not in _NAMES_OF_KINDS
+    given = error["input"]
+    shown = f"a text of {len(given)}" if is_private and isinstance(given, str) else _shown(given)
+    message = f"{named}: {error['msg']}; got {shown}"
     return ApiError(message, status=400, code=code, param=param)
 
 

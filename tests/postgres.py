@@ -59,13 +59,13 @@ class PostgresServer:
         }  # fmt: skip
         words = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
+            self._process = process = subprocess.Popen[bytes](
                 [self._bin / "postgres", "-D", self._data, *words],
                 stdout=log, stderr=log, cwd=self._data, start_new_session=True, **self._identity,
             )  # fmt: skip
         deadline = time.monotonic() + _START_S
         while True:
-            assert self._process.poll() is None, self._log.read_text()
+            assert process.poll() is None, self._log.read_text()
             try:
                 psycopg.connect(self.url("postgres"), connect_timeout=5).close()
                 return
