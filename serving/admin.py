@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cluster.errors import ConfigError
 from serving.connection import ApiKey, Url, connect
 
 if TYPE_CHECKING:
