@@ -72,6 +72,8 @@ class Dispatcher:
     on_end: Callable[[Session, Job], None] = lambda session, job: None
     """Called in the transaction in which a job comes to its end."""
     _token: int = 0
+    """Of the lease; 0: another has it."""
+    _renew_at: float = 0.0
     _asked: dict[str, float] = field(default_factory=dict)
     """Run jobs that were asked to end, and when to ask again."""
     _pausing: dict[str, float] = field(default_factory=dict)
@@ -82,6 +84,8 @@ class Dispatcher:
         while not stop.is_set():
             try:
                 self.step()
+            except FencedError:  # another has taken over
+                self._token = 0
             except (LorayError, OSError) as error:  # the registry, the disk or Ray; all come back
                 log.warning("dispatcher=%s error=%r", self.holder, str(error)[:500])
             stop.wait(_LOOK_S)
@@ -90,13 +94,8 @@ class Dispatcher:
 
     def step(self) -> bool:
         """Look at everything once; whether this process is the one that dispatches."""
-        token = leases.take(
-            self.database, LEASE, holder=self.holder, now=self.clock(), for_s=self.lease_s
-        )
-        if token is None:
-            self._token = 0
+        if not self._hold():
             return False
-        self._token = token
         with self.database.read() as session:
             validating = session.scalars(
                 select(Job).where(Job.status == "validating_files").order_by(Job.number)
@@ -108,6 +107,15 @@ class Dispatcher:
             self._each(job, self._follow)
         self._start_next()
         return True
+
+    def _hold(self) -> bool:
+        """Take the lease, or keep it, which is a write that waits for the disk: not every time."""
+        now = self.clock()
+        if self._token and now < self._renew_at:
+            return True
+        token = leases.take(self.database, LEASE, holder=self.holder, now=now, for_s=self.lease_s)
+        self._token, self._renew_at = token or 0, now + self.lease_s / 3
+        return token is not None
 
     def _each(self, job: Job, act: Callable[[Job], None]) -> None:
         """What goes wrong with one job does not keep the others."""
