@@ -12,8 +12,9 @@ from rich.console import Console
 from cluster import __version__, command, config
 from cluster import admin as cluster_admin
 from cluster.remote import is_url
-from serving import admin
+from serving import admin, connection
 from serving.__main__ import serve
+from serving.jobs_cli import jobs
 from training.__main__ import Overrides, train
 from training.config import TrainRecipe
 from tune_spaces.__main__ import search
@@ -30,6 +31,9 @@ app.command()(serve)
 app.add_typer(cluster_admin.node, name="node")
 app.add_typer(admin.adapters, name="adapters")
 app.add_typer(admin.keys, name="keys")
+app.add_typer(jobs, name="jobs")
+app.command()(connection.login)
+app.add_typer(admin.registry, name="registry")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, the last line.")]
 Adapter = Annotated[str, typer.Argument(help="An adapter directory.", show_default=False)]

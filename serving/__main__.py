@@ -5,24 +5,27 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
 
-from cluster import command
+from cluster import command, storage
 from cluster.command import say
 from cluster.errors import ConfigError
 from training.__main__ import Address, Overrides
+
+if TYPE_CHECKING:
+    from serving.config import ServeRecipe
 
 ServeFile = Annotated[
     Path, typer.Argument(help="A serving file, YAML or JSON.", show_default=False)
 ]
 
 
-_JOBS_API = "http://127.0.0.1:8265"
-"""Of a cluster whose head is this machine."""
 PRIVATE_RAY = {
     # Ray (2.60) runs workers at niceness 15, so that clients on this machine would slow the engine.
     "RAY_worker_niceness": "0",
@@ -45,15 +48,13 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a base model with adapters over HTTP, in the OpenAI API."""
-    from serving import config, keys
+    from serving import config
 
     recipe = config.load(file, overrides or ())
-    keys.require_safe_bind(recipe.http.host, recipe.keys_file)
     directory, root = config.registry_of(recipe, file), Path(recipe.adapters_root)
-    if recipe.keys_file is not None:
-        keys.Keys.load(Path(recipe.keys_file))  # refuses before Ray is started
     for hook in recipe.webhooks:
         hook.secret()
+    has_keys = _has_keys(recipe, directory)  # refuses before Ray is started
     if print_config:
         from serving import app
 
@@ -71,8 +72,7 @@ def serve(
             raise KeyboardInterrupt
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
+    _on_signals(ask_to_stop)
     with (
         session.environment(PRIVATE_RAY),
         session.connect(address, has_jobs_api=recipe.tuning is not None) as ray_session,
@@ -81,6 +81,9 @@ def serve(
 
         from serving import app
 
+        _on_signals(
+            ask_to_stop
+        )  # Ray (2.60) has put a handler of its own, which aborts, on SIGTERM
         say(f"{ray_session}; loading {recipe.model.base}")
         ray_serve.start(
             proxy_location="EveryNode",
@@ -89,11 +92,16 @@ def serve(
         try:
             ray_serve.run(app.build(recipe, directory, root), name="loray", route_prefix="/")
             if recipe.tuning is not None:
-                jobs_api = recipe.tuning.jobs_api or ray_session.jobs_api or _JOBS_API
+                jobs_api = recipe.tuning.jobs_api or ray_session.jobs_api or app.JOBS_API
                 tuner = app.build_tuner(recipe, directory, jobs_api)
                 ray_serve.run(tuner, name="loray-jobs", route_prefix=None)
             url = f"http://{recipe.http.host}:{recipe.http.port}/v1"
             say(f"serving {recipe.model_name} at {url} after {time.perf_counter() - started:.0f} s")
+            if not has_keys:
+                say(
+                    "no key was ever made: whoever is on this machine may do everything, until the "
+                    f"first `loray keys create {file} NAME`"
+                )
             stop.wait()
             say("stopping: answers that run may end; Ctrl-C again stops at once")
             if recipe.tuning is not None:
@@ -101,6 +109,31 @@ def serve(
             ray_serve.delete("loray")  # `shutdown` alone ends the proxy under them
         finally:
             ray_serve.shutdown()
+
+
+def _on_signals(act: Callable[..., None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, act)
+
+
+def _has_keys(recipe: "ServeRecipe", directory: Path) -> bool:
+    """Whether a key is asked. directory: of the registry.
+
+    Raises ConfigError for a keys_file or a database that cannot be used, and where a key is needed
+    and there is none; RegistryError.
+    """
+    from cluster.registry import database, keys
+    from serving.config import database_url
+    from serving.keys import Keys
+    from serving.loopback import require_safe_bind
+
+    if recipe.keys_file is not None:
+        Keys(Path(recipe.keys_file))
+    storage.make_directory(directory)
+    with closing(database.open_(database_url(recipe, directory))) as opened:
+        has_keys = recipe.keys_file is not None or keys.known(opened, now=time.time()).was_any
+    require_safe_bind(recipe.http.host, has_keys=has_keys)
+    return has_keys
 
 
 def _require_free(host: str, port: int) -> None:

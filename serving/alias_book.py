@@ -152,9 +152,12 @@ class AliasBook:
                     param="name",
                 )
 
-    def require_unused(self, model: str) -> None:
-        """Raises ApiError (409) for a model that an alias stands for."""
-        for one in self.all():
+    def require_unused(self, model: str, *, project: str | None) -> None:
+        """Raises ApiError (409) for a model that an alias stands for.
+
+        project: whose model it is; None: everybody's.
+        """
+        for one in self.all() if project is None else self.list_(project):
             if any(target.model == model for target in one.targets):
                 raise ApiError(
                     "An alias stands for this model; have it stand for others first.",

@@ -33,6 +33,8 @@ class Answering:
     """Told of the seconds to the first token."""
     on_end: Callable[[str, int, int], None] = lambda model, prompt, completion: None
     """Told of the tokens of an answered request."""
+    on_spent: Callable[[str, int], None] = lambda key, tokens: None
+    """Told of the tokens that a key has used, also where its client did not wait for the end."""
     clock: Callable[[], float] = time.perf_counter
 
     async def answer(
@@ -83,12 +85,20 @@ class Answering:
     ) -> AsyncGenerator[tuple[int, Piece], None]:
         """The pieces of all prompts as they come, each with its prompt's number."""
         started, is_first = self.clock(), True
-        async with aclosing(self.service.answers(served, asked)) as pieces:
-            async for number, piece in pieces:
-                if is_first and (piece.tokens or piece.finish):
-                    is_first = False
-                    self.on_first(served.name, self.clock() - started)
-                yield number, piece
+        spent: dict[tuple[int, int], int] = {}
+        try:
+            async with aclosing(self.service.answers(served, asked)) as pieces:
+                async for number, piece in pieces:
+                    if is_first and (piece.tokens or piece.finish):
+                        is_first = False
+                        self.on_first(served.name, self.clock() - started)
+                    place = (number, piece.choice)
+                    spent[place] = piece.num_new or spent.get(place, 0) + len(piece.tokens)
+                    yield number, piece
+        finally:
+            if spent:
+                prompt = sum(len(one.prompt_ids) for one in asked)
+                self.on_spent(asked[0].key, prompt + sum(spent.values()))
 
     async def _events(
         self,

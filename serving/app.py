@@ -11,12 +11,14 @@ from ray import serve
 from ray.serve import Application
 
 from cluster import config
-from serving.config import ServeRecipe
+from serving.config import ServeRecipe, database_url
 
 _ONGOING_PER_ROW = 64
 """Requests that Serve lets into a replica at once, for each row: our own queue is the fair one."""
 _HEALTH_PERIOD_S = 5.0
 _DRAIN_S = 600.0
+JOBS_API = "http://127.0.0.1:8265"
+"""Of a cluster whose head is the machine of the dispatcher."""
 
 
 @serve.deployment
@@ -27,17 +29,25 @@ class Server:
     def __init__(self, tree: dict[str, Any], directory: str, root: str) -> None:
         """tree: a ServeRecipe as plain data. directory: of the registry. root: of adapters."""
         # torch and transformers: seconds that the driver, which knows this class, must not spend
+        from cluster.registry import database
         from serving import tuning
+        from serving.access import Access
         from serving.keys import Keys
         from serving.metrics import Metrics
+        from serving.quotas import Quotas
         from serving.replica import open_replica
 
         recipe = config.build(ServeRecipe, tree, where="serve")
         self._metrics = Metrics(known=[recipe.model_name])
         self._replica = open_replica(recipe, Path(directory), on_step=self._metrics.step)
-        self._keys = Keys.load(Path(recipe.keys_file)) if recipe.keys_file else None
+        opened = database.open_(database_url(recipe, Path(directory)))
+        self._quotas = Quotas(opened)
+        self._access = Access(
+            opened,
+            keys_file=Keys(Path(recipe.keys_file)) if recipe.keys_file else None,
+            host=recipe.http.host,
+        )
         self._root = Path(root)
-        opened = tuning.open_database(recipe, Path(directory))
         self._tuning = tuning.open_tuning(recipe, opened, self._replica)
         self._aliases = tuning.open_aliases(opened, self._replica)
 
@@ -48,12 +58,17 @@ class Server:
         return inference.make_app(
             self._replica,
             root=self._root,
-            keys=self._keys,
+            access=self._access,
+            quotas=self._quotas,
             metrics=self._metrics,
             tuning=self._tuning,
             aliases=self._aliases,
             lifespan=lambda _: inference.following(
-                self._replica, self._tuning.models if self._tuning else None, self._aliases
+                self._replica,
+                self._access,
+                self._quotas,
+                self._tuning.models if self._tuning else None,
+                self._aliases,
             ),
         )
 
@@ -69,11 +84,12 @@ class Tuner:
 
     def __init__(self, tree: dict[str, Any], directory: str, jobs_api: str) -> None:
         """tree: a ServeRecipe as plain data. directory: of the registry."""
+        from cluster.registry import database
         from serving import tuning
         from serving.ray_runs import RayRuns
 
         recipe = config.build(ServeRecipe, tree, where="serve")
-        opened = tuning.open_database(recipe, Path(directory))
+        opened = database.open_(database_url(recipe, Path(directory)))
         self._stop = threading.Event()
         dispatcher = tuning.open_dispatcher(
             recipe, opened, RayRuns(jobs_api), holder=f"{socket.gethostname()}-{os.getpid()}"
@@ -140,23 +156,36 @@ def application(args: dict[str, Any]) -> Application:
     return build(recipe, Path(args["registry"]), Path(args["root"]))
 
 
+def tuner_application(args: dict[str, Any]) -> Application:
+    """The dispatcher for `serve deploy`; args: of the application in `deploy_config`."""
+    recipe = config.build(ServeRecipe, args["recipe"], where="args.recipe")
+    return build_tuner(recipe, Path(args["registry"]), args["jobs_api"])
+
+
 def deploy_config(recipe: ServeRecipe, directory: Path, root: Path) -> dict[str, Any]:
     """A config file of Ray Serve, as a tree, that serves a serving file on a cluster."""
+    plain = {"recipe": config.plain(recipe), "registry": str(directory)}
+    applications: list[dict[str, Any]] = [
+        {
+            "name": "loray",
+            "route_prefix": "/",
+            "import_path": "serving.app:application",
+            "args": {**plain, "root": str(root)},
+        }
+    ]
+    if recipe.tuning is not None:
+        applications.append(
+            {
+                "name": "loray-jobs",
+                "route_prefix": None,
+                "import_path": "serving.app:tuner_application",
+                "args": {**plain, "jobs_api": recipe.tuning.jobs_api or JOBS_API},
+            }
+        )
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": recipe.http.host, "port": recipe.http.port},
-        "applications": [
-            {
-                "name": "loray",
-                "route_prefix": "/",
-                "import_path": "serving.app:application",
-                "args": {
-                    "recipe": config.plain(recipe),
-                    "registry": str(directory),
-                    "root": str(root),
-                },
-            }
-        ],
+        "applications": applications,
     }
 
 

@@ -50,7 +50,7 @@ class HttpConfig:
     """Where the server listens."""
 
     host: str = "127.0.0.1"
-    """Interface; another than the loopback one needs a keys_file."""
+    """Interface; another than the loopback one needs keys."""
     port: int = 8000
     """TCP port."""
     max_body_bytes: int = 4 << 20
@@ -135,7 +135,8 @@ class ServeRecipe:
     http: HttpConfig = field(default_factory=HttpConfig)
     limits: Limits = field(default_factory=Limits)
     keys_file: str | None = None
-    """API keys, as `loray keys` writes them; null: no key is asked, on the loopback only."""
+    """API keys in a file, beside those of `loray keys`. On the loopback no key is asked where there
+    is no such file and none was ever made."""
     replicas: int = 1
     """Copies of the engine; on several nodes, or GPUs."""
     max_replicas: int | None = None
@@ -200,6 +201,11 @@ def registry_of(recipe: ServeRecipe, path: Path) -> Path:
     if recipe.registry is not None:
         return Path(_absolute(recipe.registry))
     return path.absolute().parent / ".loray" / "serve" / path.stem
+
+
+def database_url(recipe: ServeRecipe, directory: Path) -> str:
+    """Of the registry's database. directory: of the registry."""
+    return recipe.database or f"sqlite:///{directory.absolute()}/registry.db"
 
 
 def _is_local(base: str) -> bool:

@@ -17,7 +17,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from cluster import storage
-from cluster.errors import FencedError, LorayError, RegistryError, StorageError
+from cluster.errors import FencedError, LorayError, RegistryError
 from cluster.registry import cards, leases
 from cluster.registry.cards import Card
 from cluster.registry.database import Database
@@ -67,9 +67,13 @@ class Dispatcher:
     holder: str
     """Tells this process from others."""
     clock: Callable[[], float] = time.time
+    lease_s: float = _LEASE_S
+    """After so long without a word of it, another dispatches."""
     on_end: Callable[[Session, Job], None] = lambda session, job: None
     """Called in the transaction in which a job comes to its end."""
     _token: int = 0
+    """Of the lease; 0: another has it."""
+    _renew_at: float = 0.0
     _asked: dict[str, float] = field(default_factory=dict)
     """Run jobs that were asked to end, and when to ask again."""
     _pausing: dict[str, float] = field(default_factory=dict)
@@ -80,6 +84,8 @@ class Dispatcher:
         while not stop.is_set():
             try:
                 self.step()
+            except FencedError:  # another has taken over
+                self._token = 0
             except (LorayError, OSError) as error:  # the registry, the disk or Ray; all come back
                 log.warning("dispatcher=%s error=%r", self.holder, str(error)[:500])
             stop.wait(_LOOK_S)
@@ -88,13 +94,8 @@ class Dispatcher:
 
     def step(self) -> bool:
         """Look at everything once; whether this process is the one that dispatches."""
-        token = leases.take(
-            self.database, LEASE, holder=self.holder, now=self.clock(), for_s=_LEASE_S
-        )
-        if token is None:
-            self._token = 0
+        if not self._hold():
             return False
-        self._token = token
         with self.database.read() as session:
             validating = session.scalars(
                 select(Job).where(Job.status == "validating_files").order_by(Job.number)
@@ -106,6 +107,15 @@ class Dispatcher:
             self._each(job, self._follow)
         self._start_next()
         return True
+
+    def _hold(self) -> bool:
+        """Take the lease, or keep it, which is a write that waits for the disk: not every time."""
+        now = self.clock()
+        if self._token and now < self._renew_at:
+            return True
+        token = leases.take(self.database, LEASE, holder=self.holder, now=now, for_s=self.lease_s)
+        self._token, self._renew_at = token or 0, now + self.lease_s / 3
+        return token is not None
 
     def _each(self, job: Job, act: Callable[[Job], None]) -> None:
         """What goes wrong with one job does not keep the others."""
@@ -129,7 +139,7 @@ class Dispatcher:
     def _validate(self, seen: Job) -> None:
         fates = [
             self._look_at(seen, param)
-            for param in ("training_file", "validation_file")
+            for param in job_recipe.FILES
             if getattr(seen, param) is not None
         ]
         if "wait" in fates:
@@ -218,30 +228,18 @@ class Dispatcher:
 
     def _start(self, seen: Job) -> None:
         try:
-            files = {
-                param: self.shelf.path(self.shelf.get(seen.project, getattr(seen, param)))
-                for param in ("training_file", "validation_file")
-                if getattr(seen, param) is not None and not self._has_link(seen, param)
-            }
+            files = self._files(seen)
+            recipe = job_recipe.recipe_of(self.tuning, self.model, seen)
         except ApiError:
             message = "The training or validation file was deleted while the job was queued."
             return self._end_badly(seen, Fate(code="invalid_training_file", message=message))
-        for param in ("training_file", "validation_file"):
-            if getattr(seen, param) is not None and param not in files:
-                files[param] = self._link(seen, param)
-        try:
-            target = job_recipe.write(self.tuning, self.model, seen, files)
-            recipe = job_recipe.recipe_of(
-                self.tuning, self.model, seen, {name: str(path) for name, path in files.items()}
-            )
-        except StorageError:
-            raise
         except LorayError as error:
-            return self._end_badly(seen, Fate(code=error.code, message=str(error)))
+            return self._end_badly(seen, Fate(code=str(error.code), message=str(error)))
         room = self.runner.room()
         needs = job_recipe.needs(recipe, room.total)
         if any(room.free.get(name, 0) < amount for name, amount in needs.items()):
             return None
+        target = job_recipe.write(self.tuning, seen, recipe, files)
         with self.database.write() as session:
             job = self._locked(session, seen)
             if job is None or job.status != "queued":
@@ -251,11 +249,15 @@ class Dispatcher:
         self.runner.start(started, target)
         return None
 
-    def _has_link(self, job: Job, param: str) -> bool:
-        return self._link(job, param).exists()
-
-    def _link(self, job: Job, param: str) -> Path:
-        return job_recipe.run_dir(self.tuning, job) / f"{param}.jsonl"
+    def _files(self, job: Job) -> dict[str, Path]:
+        """The files of a job that has not begun; one that has holds links of its own."""
+        if job.attempt:
+            return {}
+        return {
+            param: self.shelf.path(self.shelf.get(job.project, getattr(job, param)))
+            for param in job_recipe.FILES
+            if getattr(job, param) is not None
+        }
 
     def _follow(self, seen: Job) -> None:
         """Take a job as far as its run has come."""

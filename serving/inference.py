@@ -15,15 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import __version__
 from serving import alias_routes, files, finetuning, problems, replies
-from serving.access import Admin, Caller, Infer, User
+from serving.access import Access, Admin, Caller, Gate, Infer, User
 from serving.aliases import Aliases
 from serving.answering import Answering
 from serving.chosen import Chosen, choose
 from serving.config import NAME
 from serving.grammar import Grammars
 from serving.job_book import JobBook
-from serving.keys import Keys
 from serving.metrics import Metrics
+from serving.quotas import Quotas
 from serving.replica import Replica, check_path
 from serving.schema import ChatRequest, CompletionRequest
 from serving.service import Served
@@ -65,7 +65,8 @@ def make_app(
     replica: Replica,
     *,
     root: Path,
-    keys: Keys | None,
+    access: Access,
+    quotas: Quotas,
     metrics: Metrics,
     tuning: Tuning | None = None,
     aliases: Aliases | None = None,
@@ -86,15 +87,17 @@ def make_app(
         app,
         max_body_bytes=replica.recipe.http.max_body_bytes,
         longer=files.body_limits(tuning.shelf.limits) if tuning else None,
+        gate=lambda inner: Gate(inner, access),
     )
     answering = Answering(
         service=service,
         grammars=_Tokenizers(),
         on_first=metrics.first_token,
         on_end=metrics.tokens,
+        on_spent=quotas.spend,
     )
 
-    app.state.keys = keys
+    app.state.access = access
 
     shadows = Shadows(answering=answering, aliases=aliases) if aliases else None
 
@@ -119,19 +122,25 @@ def make_app(
     async def chat(body: ChatRequest, request: Request, caller: Infer) -> Response:
         """Answer a conversation."""
         with metrics.request("chat", body.model):
+            quotas.take(caller)
             chosen = resolve(caller, body, request)
-            return await chosen.answer(
+            response = await chosen.answer(
                 answering, request, key=caller.key_id, ready=partial(ready, caller)
             )
+            response.headers.update(quotas.headers(caller))
+            return response
 
     @app.post("/v1/completions", response_model=replies.TextCompletion)
     async def complete(body: CompletionRequest, request: Request, caller: Infer) -> Response:
         """Continue texts."""
         with metrics.request("completions", body.model):
+            quotas.take(caller)
             chosen = resolve(caller, body, request)
-            return await chosen.answer(
+            response = await chosen.answer(
                 answering, request, key=caller.key_id, ready=partial(ready, caller)
             )
+            response.headers.update(quotas.headers(caller))
+            return response
 
     def described(name: str) -> replies.ModelObject:
         fixed = service.fixed.get(name)
@@ -190,9 +199,10 @@ def make_app(
     async def delete_model(model: str, caller: User) -> Any:
         """Serve a model no more; its files stay. One that was tuned: by its project."""
         if aliases is not None and caller.scopes & {"tune", "admin"}:
-            await asyncio.to_thread(aliases.book.require_unused, model)
+            project = None if model in own_names() else caller.project
+            await asyncio.to_thread(aliases.book.require_unused, model, project=project)
         is_deleted = False
-        if tuned is not None and caller.scopes & {"tune", "admin"}:
+        if tuned is not None and caller.scopes & {"tune", "admin"} and caller.may_use(model):
             is_deleted = await tuned.delete(caller, model)
         if not is_deleted:
             caller.require("admin")
@@ -244,8 +254,8 @@ def make_app(
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
-    async def render_metrics(caller: User) -> Response:
-        """For Prometheus."""
+    async def render_metrics(caller: Admin) -> Response:
+        """For Prometheus, of all projects."""
         metrics.observe(service)
         body, content_type = metrics.render()
         return Response(body, media_type=content_type)
@@ -263,21 +273,29 @@ def make_app(
 
 @asynccontextmanager
 async def following(
-    replica: Replica, models: TunedModels | None = None, aliases: Aliases | None = None
+    replica: Replica,
+    access: Access,
+    quotas: Quotas,
+    models: TunedModels | None = None,
+    aliases: Aliases | None = None,
 ) -> AsyncIterator[None]:
-    """Bring a replica to its registry, and keep it there inside the block."""
+    """Bring a replica to its registry, and keep it, its keys and its counts there in the block."""
     await replica.reconcile()
-    tasks = [asyncio.create_task(replica.follow())]
+    followers = [replica.follow(), access.follow()]
     if aliases is not None:
         await aliases.step()
-        tasks.append(asyncio.create_task(aliases.follow()))
+        followers.append(aliases.follow())
     if models is not None:
-        tasks.append(asyncio.create_task(models.follow()))
+        followers.append(models.follow())
+    tasks = [asyncio.create_task(follower) for follower in followers]
+    counting = asyncio.create_task(quotas.follow())
     try:
         yield
     finally:
         for task in tasks:
             task.cancel()
+        quotas.end()
+        await counting
 
 
 class _Tokenizers:

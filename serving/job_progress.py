@@ -99,7 +99,7 @@ def _step(session: Session, job: Job, event: Event) -> None:
         "step": step,
         "total_steps": total,
         "train_loss": loss,
-        "train_mean_token_accuracy": event.fields.get("token_accuracy"),
+        "train_mean_token_accuracy": event.fields.get("train_mean_token_accuracy"),
         "learning_rate": event.fields.get("lr"),
     }
     message = f"Step {step}/{total}: training loss={loss:.2f}"
@@ -113,7 +113,7 @@ def _eval(session: Session, job: Job, event: Event) -> None:
     data = {
         "step": step,
         "valid_loss": loss,
-        "valid_mean_token_accuracy": event.fields.get("token_accuracy"),
+        "valid_mean_token_accuracy": event.fields.get("valid_mean_token_accuracy"),
     }
     message = f"Step {step}: validation loss={loss:.2f}"
     tell(session, job, event.time_s, Line(message=message, data=data, at=event.time_s))

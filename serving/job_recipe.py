@@ -15,6 +15,7 @@ from training.config import ModelConfig, TrainRecipe
 from training.hyperparameters import LEARNING_RATE
 
 FILE = "job.json"
+FILES = ("training_file", "validation_file")
 _KEEP = 2
 
 
@@ -23,26 +24,23 @@ def run_dir(tuning: TuningConfig, job: Job) -> Path:
     return Path(tuning.storage) / job.id
 
 
-def write(tuning: TuningConfig, model: ModelConfig, job: Job, files: Mapping[str, Path]) -> Path:
-    """Write the recipe of a job, whose files are checked, and take hold of its files.
+def write(tuning: TuningConfig, job: Job, recipe: TrainRecipe, files: Mapping[str, Path]) -> Path:
+    """Write the recipe of a job, and take hold of its files.
 
     files: paths by `training_file` and `validation_file`. The run reads links of its own, so that
     what is deleted while it trains does not end it; they go with `drop_files`. Raises DataError
-    where a file is gone, ConfigError for settings that cannot be.
+    where a file is gone.
     """
     directory = run_dir(tuning, job)
     storage.make_directory(directory)
-    links: dict[str, str] = {}
     for param, path in files.items():
-        link = directory / f"{param}.jsonl"
+        link = _link(tuning, job, param)
         try:
             if not link.exists():
                 os.link(path, link)
         except FileNotFoundError:
             name = param.replace("_", " ")
             raise DataError(f"The {name} was deleted before the job could read it.") from None
-        links[param] = str(link)
-    recipe = recipe_of(tuning, model, job, links)
     target = directory / FILE
     storage.write_file(target, json.dumps(config.plain(recipe), indent=1).encode())
     return target
@@ -50,14 +48,12 @@ def write(tuning: TuningConfig, model: ModelConfig, job: Job, files: Mapping[str
 
 def drop_files(tuning: TuningConfig, job: Job) -> None:
     """Give back the files of a job that is at its end."""
-    for param in ("training_file", "validation_file"):
-        (run_dir(tuning, job) / f"{param}.jsonl").unlink(missing_ok=True)
+    for param in FILES:
+        _link(tuning, job, param).unlink(missing_ok=True)
 
 
-def recipe_of(
-    tuning: TuningConfig, model: ModelConfig, job: Job, files: Mapping[str, str]
-) -> TrainRecipe:
-    """The recipe. Raises ConfigError."""
+def recipe_of(tuning: TuningConfig, model: ModelConfig, job: Job) -> TrainRecipe:
+    """The recipe of a job whose files are checked. Raises ConfigError."""
     kind = job.method["type"]
     chosen = job.method[kind]["hyperparameters"]
     epochs, batch = int(chosen["n_epochs"]), int(chosen["batch_size"])
@@ -66,7 +62,7 @@ def recipe_of(
         "name": job.id,
         "storage": str(Path(tuning.storage).absolute()),
         "model": config.plain(model),
-        "data": {"train": files["training_file"]},
+        "data": {"train": str(_link(tuning, job, "training_file"))},
         "lora": {name: value for name, value in job.request["lora"].items() if value is not None},
         "optim": {
             "learning_rate": LEARNING_RATE * float(chosen["learning_rate_multiplier"]),
@@ -78,8 +74,8 @@ def recipe_of(
         "checkpoint": {"every_steps": steps_of_epoch, "keep": _KEEP, "keep_adapters": True},
         "log": {"to": []},
     }
-    if "validation_file" in files:
-        tree["data"]["eval"] = files["validation_file"]
+    if job.validation_file is not None:
+        tree["data"]["eval"] = str(_link(tuning, job, "validation_file"))
         tree["evaluation"] = {"every_steps": steps_of_epoch}
     if kind == "dpo":
         tree["data"]["format"] = "preference"
@@ -100,3 +96,7 @@ def needs(recipe: TrainRecipe, total: Mapping[str, float]) -> Mapping[str, float
     if gpus == "auto":
         gpus = 1 if total.get("GPU", 0) >= workers else 0
     return {"CPU": float(workers * cpus), **({"GPU": float(workers * gpus)} if gpus else {})}
+
+
+def _link(tuning: TuningConfig, job: Job, param: str) -> Path:
+    return run_dir(tuning, job) / f"{param}.jsonl"

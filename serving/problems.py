@@ -12,7 +12,7 @@ import math
 import re
 import traceback
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on only
 
-from cluster.errors import LorayError
+from cluster.errors import LorayError, RegistryError
 
 MAX_MESSAGE_CHARS = 2000
 RECEIVED = "loray.received"
@@ -36,11 +36,16 @@ GONE = 499
 """Status of a request whose client went before its answer came (nginx's)."""
 _MAX_SHOWN_CHARS = 80
 _MAX_RETRY_AFTER_S = 3600
+_PRIVATE = ("messages", "prompt", "suffix", "stop", "tools", "metadata", "user")
+"""Fields whose texts are not repeated."""
+_NAMES_OF_KINDS = ("role", "type")
+"""Within them: what is wrong there is no text of anybody's."""
 _SHORT_BYTES = 64 << 10
 """A body that is read to its end even where it is refused, so that the connection stays."""
 _TELL_BYTES = 1 << 20
 _LINGER_S = 1.0
 _LINGER_BYTES = 16 << 20
+_REGISTRY_RETRY_S = 2.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _UNREAD_BODY = "There was an error parsing the body"
@@ -82,6 +87,7 @@ class ApiError(LorayError):
         code: str | None = None,
         param: str | None = None,
         retry_after_s: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)  # The one argument; pickling carries the rest as attributes.
         # One class for all rows of the contract: these belong to the error, not to its class.
@@ -90,6 +96,7 @@ class ApiError(LorayError):
         self.type = type
         self.param = param
         self.retry_after_s = retry_after_s
+        self.headers = headers or {}
 
 
 def invalid(param: str, why: str) -> ApiError:
@@ -147,15 +154,20 @@ def too_large(limit_bytes: int) -> ApiError:
 
 
 def rate_limited(
-    retry_after_s: float, why: str, *, kind: Literal["requests", "tokens"] = "requests"
+    retry_after_s: float,
+    why: str,
+    *,
+    kind: Literal["requests", "tokens"] = "requests",
+    headers: Mapping[str, str] | None = None,
 ) -> ApiError:
-    """429: this client has used up its share."""
+    """429: this client has used up its share. headers: its x-ratelimit-*."""
     return ApiError(
         why,
         status=429,
         type=kind,
         code="rate_limit_exceeded",
         retry_after_s=retry_after_s,
+        headers=headers,
     )
 
 
@@ -199,7 +211,7 @@ def of_exception(error: Exception) -> tuple[int, ErrorBody, dict[str, str]]:
     Retry-After says when. A bug (500) is not repeated: it would cost the same tokens again.
     """
     known = _as_api_error(_origin(error))
-    headers: dict[str, str] = {}
+    headers = dict(known.headers)
     if known.retry_after_s is not None:
         seconds = min(max(1.0, known.retry_after_s), _MAX_RETRY_AFTER_S)
         headers["Retry-After"] = str(math.ceil(seconds))
@@ -212,19 +224,24 @@ def of_exception(error: Exception) -> tuple[int, ErrorBody, dict[str, str]]:
 
 
 def install(
-    app: FastAPI, *, max_body_bytes: int, longer: Mapping[tuple[str, str], int] | None = None
+    app: FastAPI,
+    *,
+    max_body_bytes: int,
+    longer: Mapping[tuple[str, str], int] | None = None,
+    gate: Callable[[ASGIApp], ASGIApp] = lambda inner: inner,
 ) -> None:
     """Make every error of this app an error object and give every response `x-request-id`.
 
     Bodies beyond `max_body_bytes` are answered with 413, unread where their length is declared.
     longer: limits of the routes, by method and path, that take longer ones.
+    gate: a layer before all routes, and before the paths that have none.
     """
     for kind in (HTTPException, RequestValidationError, ValidationError, LorayError, Exception):
         app.add_exception_handler(kind, _respond)
 
     def build_middleware_stack() -> ASGIApp:
         inner = FastAPI.build_middleware_stack(app)
-        return RequestId(_BodyLimit(_Shield(inner), max_body_bytes, longer or {}))
+        return RequestId(_BodyLimit(gate(_Shield(inner)), max_body_bytes, longer or {}))
 
     # `add_middleware` would put these inside the layer that answers bugs.
     app.build_middleware_stack = build_middleware_stack
@@ -390,6 +407,8 @@ async def _respond(request: Request, error: Exception) -> JSONResponse:
     status, body, more = of_exception(error)
     if status == 500:
         _log_bug(request, error)
+    elif isinstance(error, RegistryError):
+        _log.warning("event=registry_unavailable error=%s", error)
     return JSONResponse(body, status, {**headers, **more})
 
 
@@ -418,6 +437,10 @@ def _origin(error: Exception) -> Exception:
 def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, RegistryError):  # its text says where the database is
+        message = "The server's database cannot be reached at the moment. Please try again later."
+        wait_s = _REGISTRY_RETRY_S
+        return ApiError(message, status=error.status, code=error.code, retry_after_s=wait_s)
     if isinstance(error, LorayError):
         return ApiError(str(error), status=error.status, code=error.code)
     if isinstance(error, RequestValidationError):
@@ -458,7 +481,10 @@ def _of_validation(errors: Sequence[Mapping[str, Any]], *, has_place: bool) -> A
     if kind in ("unknown_field", "extra_forbidden"):
         return ApiError(f"{named}: {error['msg']}", status=400, param=param)
     code = "unsupported_value" if kind == "unsupported_value" else "invalid_value"
-    message = f"{named}: {error['msg']}; got {_shown(error['input'])}"
+    is_private = place[:1] and place[0] in _PRIVATE and place[-1] not in _NAMES_OF_KINDS
+    given = error["input"]
+    shown = f"a text of {len(given)}" if is_private and isinstance(given, str) else _shown(given)
+    message = f"{named}: {error['msg']}; got {shown}"
     return ApiError(message, status=400, code=code, param=param)
 
 

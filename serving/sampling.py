@@ -20,6 +20,8 @@ from cluster.errors import LorayError, ModelError
 from serving.schema import Sampling
 
 _SEED_SPAN = 1 << 63
+_GREEDY = 1e-5
+"""A temperature below it leaves the likeliest token alone, and may be 0 in fp32."""
 
 
 class Matcher(Protocol):
@@ -79,7 +81,7 @@ class Picker:
                 logits_V[token_id] += bias
         if self.matcher is not None:
             logits_V[~self.matcher.mask()] = -torch.inf
-        if asked.temperature == 0:
+        if asked.temperature < _GREEDY:
             return int(logits_V.argmax())
         logits_V /= asked.temperature
         if asked.top_k:
@@ -89,7 +91,9 @@ class Picker:
         if asked.top_p < 1:
             sorted_V, order_V = probs_V.sort(descending=True)
             before_V = sorted_V.cumsum(-1) - sorted_V
-            probs_V[order_V[before_V >= asked.top_p]] = 0
+            is_cut_V = before_V >= asked.top_p
+            is_cut_V[0] = False  # the likeliest stays, also where top_p is 0 in fp32
+            probs_V[order_V[is_cut_V]] = 0
         return int(torch.multinomial(probs_V, 1, generator=self.generator))
 
     def note(self, token_id: int) -> None:

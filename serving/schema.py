@@ -176,7 +176,7 @@ class Sampling:
     """None: as many as the context holds."""
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """Takes what is declared and as it is declared; `str` of an error does not quote the input."""
 
     model_config = ConfigDict(
@@ -206,7 +206,7 @@ class _Strict(BaseModel):
         return value
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """The one kind of content that a language model reads."""
 
     type: Literal["text"]
@@ -224,7 +224,7 @@ Content: TypeAlias = Annotated[
 ]
 
 
-class SystemMessage(_Strict):
+class SystemMessage(Strict):
     """How to answer; `developer` is OpenAI's newer word for it."""
 
     role: Literal["system", "developer"]
@@ -232,19 +232,19 @@ class SystemMessage(_Strict):
     name: Label | None = None
 
 
-class UserMessage(_Strict):
+class UserMessage(Strict):
     role: Literal["user"]
     content: Content
     name: Label | None = None
 
 
-class CalledFunction(_Strict):
+class CalledFunction(Strict):
     name: FunctionName
     arguments: Text
     """JSON as the model wrote it."""
 
 
-class CalledTool(_Strict):
+class CalledTool(Strict):
     """A call that the model made in an earlier turn."""
 
     id: Label
@@ -252,7 +252,7 @@ class CalledTool(_Strict):
     function: CalledFunction
 
 
-class AssistantMessage(_Strict):
+class AssistantMessage(Strict):
     """What the model said or called in an earlier turn."""
 
     role: Literal["assistant"]
@@ -279,7 +279,7 @@ class AssistantMessage(_Strict):
         return value
 
 
-class ToolMessage(_Strict):
+class ToolMessage(Strict):
     """What a called tool gave back."""
 
     role: Literal["tool"]
@@ -305,7 +305,7 @@ def text_of(message: Message) -> str:
     return message.content or ""
 
 
-class Function(_Strict):
+class Function(Strict):
     name: FunctionName
     description: Annotated[str, Field(max_length=8192)] | None = None
     parameters: JsonSchema | None = None
@@ -313,31 +313,31 @@ class Function(_Strict):
     strict: bool | None = None
 
 
-class Tool(_Strict):
+class Tool(Strict):
     type: Literal["function"]
     function: Function
 
 
-class ChosenFunction(_Strict):
+class ChosenFunction(Strict):
     name: FunctionName
 
 
-class ChosenTool(_Strict):
+class ChosenTool(Strict):
     """The one tool that the model has to call."""
 
     type: Literal["function"]
     function: ChosenFunction
 
 
-class TextFormat(_Strict):
+class TextFormat(Strict):
     type: Literal["text"]
 
 
-class JsonFormat(_Strict):
+class JsonFormat(Strict):
     type: Literal["json_object"]
 
 
-class NamedSchema(_Strict):
+class NamedSchema(Strict):
     name: FunctionName
     description: Annotated[str, Field(max_length=8192)] | None = None
     schema_: JsonSchema = Field(alias="schema")
@@ -345,12 +345,12 @@ class NamedSchema(_Strict):
     """Answers follow the schema in any case."""
 
 
-class SchemaFormat(_Strict):
+class SchemaFormat(Strict):
     type: Literal["json_schema"]
     json_schema: NamedSchema
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool | None = None
     """Send one more chunk at the end, with the tokens used."""
     include_obfuscation: Annotated[Literal[False] | None, NEUTRAL] = None
@@ -388,7 +388,7 @@ Metadata: TypeAlias = Annotated[
 ]
 
 
-class _Request(_Strict):
+class _Request(Strict):
     """What both kinds of request have in common."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]

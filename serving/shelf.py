@@ -3,6 +3,9 @@
 Several processes may share a shelf. A file gets its final name before its row, and loses its row
 before its bytes: what has no row, or a deleted one, and no living writer is left over, and `clean`
 removes it.
+
+What is not covered: object stores, and mounts on which flock does not reach other machines (there a
+replica could take another one's upload for a dead one's).
 """
 
 import os

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sqlalchemy.orm import Session
 
-from cluster.registry import database, webhooks
+from cluster.registry import webhooks
 from cluster.registry.database import Database
 from cluster.registry.tables import Job
 from serving import webhook
@@ -21,11 +21,6 @@ from serving.replica import Replica
 from serving.runner import Runner
 from serving.shelf import FileLimits, Shelf
 from serving.tuned_models import TunedModels
-
-
-def open_database(recipe: ServeRecipe, directory: Path) -> Database:
-    """The registry's database. directory: of the registry. Raises ConfigError, RegistryError."""
-    return database.open_(recipe.database or database.sqlite_url(directory / "registry.db"))
 
 
 def open_tuning(

@@ -8,11 +8,12 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on only
 
 from cluster.errors import ConfigError
+from serving.schema import Strict
 from training import hyperparameters
 
 SUFFIX = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,62}[A-Za-z0-9])?"
@@ -22,14 +23,10 @@ Status = Literal[
 ]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
 Number = Annotated[float | int | Literal["auto"] | None, Field(description="`auto` or a number.")]
 
 
-class Hyperparameters(_Strict):
+class Hyperparameters(Strict):
     """Each `auto` where it is left out."""
 
     n_epochs: Number = None
@@ -51,19 +48,19 @@ class DpoHyperparameters(Hyperparameters):
     """Above 0, to 2."""
 
 
-class Supervised(_Strict):
+class Supervised(Strict):
     """Learns the answers as they are."""
 
     hyperparameters: Hyperparameters = Hyperparameters()
 
 
-class Dpo(_Strict):
+class Dpo(Strict):
     """Learns which of two answers is preferred."""
 
     hyperparameters: DpoHyperparameters = DpoHyperparameters()
 
 
-class Method(_Strict):
+class Method(Strict):
     """How a job learns."""
 
     type: Literal["supervised", "dpo"]
@@ -89,7 +86,7 @@ class Method(_Strict):
         return self
 
 
-class Lora(_Strict):
+class Lora(Strict):
     """The adapter (an extension)."""
 
     rank: Annotated[int, Field(ge=1, le=256)] = 16
@@ -106,7 +103,7 @@ class Lora(_Strict):
     variant: Literal["lora", "rslora"] = "lora"
 
 
-class CreateJob(_Strict):
+class CreateJob(Strict):
     """The body of POST /v1/fine_tuning/jobs."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]

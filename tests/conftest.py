@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING
 
 import chaos
 import fsspec
+import postgres as postgres_room
 import pytest
 from tiny import make_base
+
+from cluster.registry import database
 
 if TYPE_CHECKING:
     from s3_server import S3Server
@@ -40,6 +43,33 @@ def nothing_left() -> Iterator[None]:
     """The test fails where it leaves a process or a temporary file."""
     with chaos.nothing_left():
         yield
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[postgres_room.PostgresServer]:
+    """A PostgreSQL server, for the whole session."""
+    found = postgres_room.binaries()
+    if found is None:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    with postgres_room.postgres_server(found) as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def registry_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an empty database for a registry, of each kind."""
+    if request.param == "sqlite":
+        return database.sqlite_url(tmp_path / "registry.db")
+    server: postgres_room.PostgresServer = request.getfixturevalue("postgres")
+    return server.make_database()
+
+
+@pytest.fixture
+def registry(registry_url: str) -> Iterator[database.Database]:
+    """A registry's database."""
+    opened = database.open_(registry_url)
+    yield opened
+    opened.close()
 
 
 @pytest.fixture

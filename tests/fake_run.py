@@ -26,6 +26,7 @@ def main(recipe: dict, adapter: Path, step_s: float) -> int:
         if not Path(recipe["data"]["train"]).exists():
             events.write("failed", code="invalid_training_file", message="no file")
             return 1
+        step = done
         events.write("started", from_step=done, num_steps=STEPS, attempt=1)
         for step in range(done + 1, STEPS + 1):
             time.sleep(step_s)

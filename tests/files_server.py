@@ -30,6 +30,7 @@ class Files:
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = FastAPI()
         problems.install(app, max_body_bytes=4 << 20, longer=files.body_limits(LIMITS))
+        app.state.access = None
         app.include_router(files.router(self._shelf))
         return app
 

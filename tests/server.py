@@ -10,15 +10,19 @@ from typing import Any
 
 import requests
 import uvicorn
+from fastapi import FastAPI
 from local_cluster import free_port
 from openai import OpenAI
 
 from cluster import config
+from cluster.registry import database
 from serving import inference, tuning
+from serving.access import Access
 from serving.aliases import Aliases
-from serving.config import ServeRecipe
+from serving.config import ServeRecipe, database_url
 from serving.keys import Keys
 from serving.metrics import Metrics
+from serving.quotas import Quotas
 from serving.replica import Replica, open_replica
 from serving.runner import Runner
 
@@ -33,6 +37,9 @@ class Running:
     client: OpenAI
     replica: Replica
     metrics: Metrics
+    database: database.Database
+    """Of its registry."""
+    app: FastAPI
     aliases: Aliases
 
     def post(self, path: str, body: Any, **options: Any) -> requests.Response:
@@ -63,17 +70,22 @@ def serving(
     recipe = config.build(ServeRecipe, tree, where="serve")
     metrics = Metrics(known=[recipe.model_name])
     replica = open_replica(recipe, directory / "registry", on_step=metrics.step)
-    opened = tuning.open_database(recipe, directory / "registry")
+    opened = database.open_(database_url(recipe, directory / "registry"))
+    access = Access(opened, keys_file=Keys(keys) if keys else None, host=recipe.http.host)
+    quotas = Quotas(opened)
     tuned = tuning.open_tuning(recipe, opened, replica)
     aliases = tuning.open_aliases(opened, replica)
     app = inference.make_app(
         replica,
         root=directory,
-        keys=Keys.load(keys) if keys else None,
+        access=access,
+        quotas=quotas,
         metrics=metrics,
         tuning=tuned,
         aliases=aliases,
-        lifespan=lambda _: inference.following(replica, tuned.models if tuned else None, aliases),
+        lifespan=lambda _: inference.following(
+            replica, access, quotas, tuned.models if tuned else None, aliases
+        ),
     )
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="on"))
@@ -93,7 +105,7 @@ def serving(
             assert time.monotonic() < deadline, "the server did not start"
             time.sleep(0.02)
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-        yield Running(url, client, replica, metrics, aliases)
+        yield Running(url, client, replica, metrics, opened, app, aliases)
     finally:
         stop.set()
         dispatching.join(30)

@@ -25,8 +25,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "registry.db"
 
 
-def test_migrations_give_the_tables_that_the_code_knows(path: Path) -> None:
-    opened = database.open_(database.sqlite_url(path))
+def test_migrations_give_the_tables_that_the_code_knows(registry_url: str) -> None:
+    opened = database.open_(registry_url)
     with opened.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, Table.metadata) == []
@@ -46,8 +46,8 @@ def test_what_was_written_is_there_after_opening_again(path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_an_error_in_the_middle_keeps_nothing(path: Path) -> None:
-    opened = database.open_(database.sqlite_url(path))
+def test_an_error_in_the_middle_keeps_nothing(registry_url: str) -> None:
+    opened = database.open_(registry_url)
 
     def stop_half_way() -> None:
         with opened.write() as session:
@@ -62,8 +62,8 @@ def test_an_error_in_the_middle_keeps_nothing(path: Path) -> None:
     opened.close()
 
 
-def test_a_row_that_is_there_already_is_the_callers_to_handle(path: Path) -> None:
-    opened = database.open_(database.sqlite_url(path))
+def test_a_row_that_is_there_already_is_the_callers_to_handle(registry_url: str) -> None:
+    opened = database.open_(registry_url)
     with opened.write() as session:
         session.add(lease())
     with pytest.raises(IntegrityError), opened.write() as session:
@@ -71,15 +71,15 @@ def test_a_row_that_is_there_already_is_the_callers_to_handle(path: Path) -> Non
     opened.close()
 
 
-def test_writers_in_many_threads_take_turns(path: Path) -> None:
-    opened = database.open_(database.sqlite_url(path))
+def test_writers_in_many_threads_take_turns(registry_url: str) -> None:
+    opened = database.open_(registry_url)
     with opened.write() as session:
         session.add(lease())
 
     def count_up() -> None:
         for _ in range(20):
             with opened.write() as session:
-                found = session.get_one(Lease, "dispatcher")
+                found = session.get_one(Lease, "dispatcher", with_for_update=True)
                 found.token += 1
 
     threads = [threading.Thread(target=count_up) for _ in range(8)]
@@ -92,11 +92,11 @@ def test_writers_in_many_threads_take_turns(path: Path) -> None:
     opened.close()
 
 
-def test_several_processes_may_open_an_empty_database_at_once(path: Path) -> None:
+def test_several_processes_may_open_an_empty_database_at_once(registry_url: str) -> None:
     opened: list[database.Database] = []
 
     def open_it() -> None:
-        opened.append(database.open_(database.sqlite_url(path)))
+        opened.append(database.open_(registry_url))
 
     threads = [threading.Thread(target=open_it) for _ in range(4)]
     for thread in threads:

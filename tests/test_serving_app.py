@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import requests
 import yaml
+from keys_file import add_key
 from local_cluster import free_port
 from openai import AuthenticationError, NotFoundError, OpenAI
 from processes import call, finish, start
 from test_training_adapter import make_adapter
 
-from serving.keys import create
+from cluster.registry import database
+from serving import config
 
 CHAT: Any = [{"role": "user", "content": "Say red please"}]
 
@@ -33,6 +35,13 @@ def write(directory: Path, base: Path, **sections: Any) -> tuple[Path, str]:
     path = directory / "serve.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path, f"http://127.0.0.1:{port}"
+
+
+def made(directory: Path, path: Path, *words: str) -> str:
+    """A key of a serving file."""
+    status, out, err = call(["loray", "keys", "create", path.name, *words], directory)
+    assert status == 0, err
+    return out.strip()
 
 
 def wait_for(url: str, process: Any) -> None:
@@ -53,14 +62,14 @@ def test_a_server_under_ray_serve_answers_changes_adapters_and_ends_cleanly(
 ) -> None:
     make_adapter(tmp_path / "first", tiny_base, seed=1)
     make_adapter(tmp_path / "second", tiny_base, seed=2)
-    secret = create(tmp_path / "keys.yaml", "boss", roles=("admin",), models=None)
-    guest = create(tmp_path / "keys.yaml", "guest", models=("first",))
+    secret = add_key(tmp_path / "keys.yaml", "boss", roles=["admin"])
     path, url = write(
         tmp_path,
         tiny_base,
         keys_file=str(tmp_path / "keys.yaml"),
         adapters=[{"name": "first", "path": str(tmp_path / "first")}],
     )
+    guest = made(tmp_path, path, "guest", "--model", "first")
     process = start(["serving", path.name], tmp_path)
     try:
         wait_for(f"{url}/healthz", process)
@@ -102,11 +111,18 @@ def test_a_server_under_ray_serve_answers_changes_adapters_and_ends_cleanly(
         nobody = OpenAI(base_url=f"{url}/v1", api_key="sk-loray-00000000-x", max_retries=0)
         with pytest.raises(AuthenticationError):
             ask("first", nobody)
+        status, _, err = call(["loray", "keys", "revoke", path.name, guest.split("-")[2]], tmp_path)
+        assert status == 0, err
+        deadline = time.monotonic() + 10
+        headers = {"Authorization": f"Bearer {guest}"}
+        while requests.get(f"{url}/v1/models", headers=headers, timeout=5).status_code != 401:
+            assert time.monotonic() < deadline
     finally:
         os.kill(process.pid, signal.SIGINT)
         status, out, err = finish(process)
     assert status == 0, err
     assert secret not in out + err
+    assert "no key was ever made" not in err
 
 
 @pytest.mark.ray
@@ -129,6 +145,7 @@ def test_a_server_that_is_told_to_stop_ends_its_answers_first(
     usage = [chunk.usage for chunk in chunks][-1]
     status, _, err = finish(process)
     assert status == 0, err
+    assert "no key was ever made" in err
     assert usage
     assert usage.completion_tokens == 2000
 
@@ -136,13 +153,15 @@ def test_a_server_that_is_told_to_stop_ends_its_answers_first(
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"http": {"host": "0.0.0.0", "port": 8000}}, "keys_file"),
+        ({"http": {"host": "0.0.0.0", "port": 8000}}, "loray keys create"),
         ({"adapters": [{"name": "a", "path": "x"}, {"name": "a", "path": "y"}]}, "stands twice"),
         ({"adapters": [{"name": "../a", "path": "x"}]}, "allowed"),
         ({"adapters": [{"name": "x" * 10000, "path": "x"}]}, "allowed"),
         ({"limits": {"rows": 0}}, "limits.rows"),
         ({"limitz": {}}, "limits"),
-        ({"keys_file": "nowhere.yaml"}, "loray keys add"),
+        ({"keys_file": "nowhere.yaml"}, "loray keys create"),
+        ({"database": "mysql://root:secret@host/x"}, "postgresql://"),
+        ({"database": "postgresql://me:secret@127.0.0.1:1/x"}, "me:***@127.0.0.1:1"),
         ({"model": {"base": "demo", "quantization": "int9"}}, "int8"),
     ],
 )
@@ -154,6 +173,7 @@ def test_a_bad_serving_file_is_refused_before_anything_starts(
     status, _, err = call(["serving", path.name], tmp_path)
     assert status == 1
     assert words in err
+    assert "secret" not in err
     assert time.monotonic() - started < 30
 
 
@@ -182,3 +202,57 @@ def test_adapters_of_no_server_and_of_a_bad_key(tmp_path: Path) -> None:
     status, _, err = call(["loray", "adapters", "list", "--url", url], tmp_path)
     assert status == 1
     assert "loray serve" in err
+
+
+def test_keys_are_made_listed_rotated_and_revoked_by_command(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    path, _ = write(tmp_path, tiny_base)
+    words = ["--scope", "infer", "--scope", "tune", "--requests-per-minute", "60"]
+    first = made(tmp_path, path, "ada", "--project", "team-a", "--model", "m", *words)
+    id_ = first.split("-")[2]
+    status, second, err = call(
+        ["loray", "keys", "rotate", path.name, id_, "--grace", "3600"], tmp_path
+    )
+    assert status == 0, err
+    status, out, err = call(["loray", "keys", "list", path.name], tmp_path, {"COLUMNS": "200"})
+    assert status == 0, err
+    for word in (id_, second.split("-")[2], "ada", "team-a", "infer, tune", "60 requests/min"):
+        assert word in out
+    status, out, err = call(["loray", "keys", "revoke", path.name, id_], tmp_path)
+    assert (status, out) == (0, f"{id_} (ada) is revoked\n"), err
+    for key in (first.strip(), second.strip()):
+        status, out, err = call(["loray", "keys", "revoke", path.name, key], tmp_path)
+        assert status == 1
+        assert key.split("-", 3)[3] not in out + err
+    status, _, err = call(
+        ["loray", "keys", "create", path.name, "bob", "--scope", "root"], tmp_path
+    )
+    assert status == 1
+    assert "infer, tune, admin" in err
+
+
+def test_a_host_that_others_reach_needs_a_key_of_the_registry(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    http = {"host": "0.0.0.0", "port": free_port()}
+    path, _ = write(tmp_path, tiny_base, http=http)
+    status, _, err = call(["serving", path.name, "--config"], tmp_path)
+    assert status == 1
+    assert "loray keys create" in err
+    made(tmp_path, path, "ada")
+    status, out, err = call(["serving", path.name, "--config"], tmp_path)
+    assert status == 0, err
+    assert "0.0.0.0" in out
+
+
+def test_the_registry_is_where_the_serving_file_says(tmp_path: Path, tiny_base: Path) -> None:
+    url = database.sqlite_url(tmp_path / "elsewhere" / "own.db")
+    path, _ = write(tmp_path, tiny_base, database=url)
+    made(tmp_path, path, "ada")
+    assert (tmp_path / "elsewhere" / "own.db").stat().st_size > 0
+    recipe = config.load(path)
+    assert config.database_url(recipe, tmp_path / "x") == url
+    path, _ = write(tmp_path, tiny_base)
+    recipe = config.load(path)
+    assert config.database_url(recipe, tmp_path / "x") == f"sqlite:///{tmp_path}/x/registry.db"

@@ -1,6 +1,5 @@
 """Whatever /openapi.json allows, and what it does not, is answered as the contract says."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,7 @@ from schemathesis import GenerationMode
 from server import Running, serving
 from test_training_adapter import make_adapter
 
-from cluster.registry import database
-from serving.shelf import FileLimits, Shelf
-
-OPERATIONS = 15
+OPERATIONS = 23
 """That the API has; more is good news for this number."""
 
 
@@ -24,12 +20,10 @@ OPERATIONS = 15
 def running(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[Running]:
     directory = tmp_path_factory.mktemp("openapi")
     first = make_adapter(directory / "first", tiny_base, seed=1)
+    tuning = {"storage": str(directory / "runs")}
     adapters = [{"name": "first", "path": str(first)}]
-    opened = database.open_(database.sqlite_url(directory / "registry.db"))
-    shelf = Shelf(opened, directory / "runs", FileLimits(), time.time)
-    with serving(directory, tiny_base, adapters=adapters, shelf=shelf) as server:
+    with serving(directory, tiny_base, adapters=adapters, tuning=tuning) as server:
         yield server
-    opened.close()
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode))

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import byte_tokenizer
@@ -201,6 +202,16 @@ def test_special_tokens_in_tools_and_results_are_ordinary_text(tmp_path: Path) -
     assert (encoded.input_ids == 256).sum() == 5  # system, user, assistant, tool, assistant
     assert whole(encoded).count("<|im_start|>") == 8
     assert learned(encoded).endswith("It rains.<|im_end|>")
+
+
+def test_calls_without_tools_may_have_another_template(tmp_path: Path) -> None:
+    two: Any = {"default": str(byte_tokenizer().chat_template), "tool_use": HERMES}
+    assert "tool_call" in learned(encoder(two).encode(example(tmp_path, ROW)))
+    alone = example(tmp_path, {"messages": ROW["messages"]})
+    assert "tool_call" in learned(encoder(HERMES).encode(alone))
+    bad = encoder(two).try_encode(alone)
+    assert isinstance(bad, BadRow)
+    assert "has no place for tool_calls" in bad.reason
 
 
 NO_CALLS = HERMES.replace("m['tool_calls'] or []", "[]")

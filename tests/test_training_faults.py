@@ -43,15 +43,15 @@ def limit_memory(
 ) -> list[int]:
     """Have a forward pass over more than `tokens` run out of memory; the sizes that fitted."""
     fitted: list[int] = []
-    real = Objective.losses
+    real = Objective.measure
 
-    def losses_N(self: Objective, batch: MicroBatch) -> torch.Tensor:
+    def measure(self: Objective, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         if batch.input_ids_BL.numel() > tokens:
             raise error()
         fitted.append(batch.input_ids_BL.numel())
         return real(self, batch)
 
-    patch.setattr(Objective, "losses", losses_N)
+    patch.setattr(Objective, "measure", measure)
     return fitted
 
 
@@ -104,14 +104,14 @@ def test_where_not_even_one_example_fits_the_error_says_what_to_lower(
     train(make_recipe(tmp_path, tiny_base, name="plan", memory={"gradient_checkpointing": "off"}))
     run_dir_of(recipe).mkdir(parents=True)
     shutil.copy(tmp_path / "runs" / "plan" / "memory.json", run_dir_of(recipe))
-    real = Objective.losses
+    real = Objective.measure
 
-    def losses_N(self: Objective, batch: MicroBatch) -> torch.Tensor:
+    def measure(self: Objective, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         if torch.is_grad_enabled():
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, batch)
 
-    monkeypatch.setattr(Objective, "losses", losses_N)
+    monkeypatch.setattr(Objective, "measure", measure)
     with pytest.raises(ResourceError, match=r"one example .*Lower data\.max_length"):
         train(recipe)
     assert events_of(recipe)[-1].kind == "failed"
@@ -145,7 +145,7 @@ def count(*_):
     global steps
     steps += 1
 register_optimizer_step_post_hook(count)
-real_reduce, real_losses = Replicated.reduce, Objective.losses
+real_reduce, real_measure = Replicated.reduce, Objective.measure
 def poisoned(value, place):
     def reduce(self, *sums):
         if rank == 1 and steps == 3 and place == "loss":
@@ -157,7 +157,7 @@ def poisoned(value, place):
 def short(self, batch):
     if rank == 1 and batch.input_ids_BL.numel() > 128 and torch.is_grad_enabled():
         raise torch.OutOfMemoryError("CUDA out of memory")
-    return real_losses(self, batch)
+    return real_measure(self, batch)
 told = {}
 def run(name):
     global steps
@@ -189,7 +189,7 @@ if rank == 0:
     (directory / "runs" / "short").mkdir(exist_ok=True)
     plan = (directory / "runs" / "whole" / "memory.json").read_text()
     (directory / "runs" / "short" / "memory.json").write_text(plan)
-Objective.losses = short
+Objective.measure = short
 run("short")
 print(json.dumps(told))
 """

@@ -46,6 +46,25 @@ def test_a_small_run_learns_and_reports(tmp_path: Path, tiny_base: Path) -> None
     assert last.number("final_loss") == values[-1]
 
 
+def test_steps_and_evaluations_tell_how_many_tokens_were_the_likeliest(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    recipe = make_recipe(
+        tmp_path,
+        tiny_base,
+        data={"eval": str(tmp_path / "train.jsonl")},
+        optim={"max_steps": 20, "learning_rate": 0.1},
+        evaluation={"every_steps": 10},
+    )
+    train(recipe)
+    trained = [e.number("train_mean_token_accuracy") for e in events_of(recipe, "step")]
+    held_out = [e.number("valid_mean_token_accuracy") for e in events_of(recipe, "eval")]
+    assert (len(trained), len(held_out)) == (20, 2)
+    assert all(0 <= value <= 1 for value in (*trained, *held_out))
+    assert trained[-1] > trained[0]
+    assert held_out[-1] > trained[0]
+
+
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_a_quantised_base_learns_and_is_bitwise_reproducible(
     tmp_path: Path, tiny_base: Path, quantization: str

@@ -85,3 +85,26 @@ def test_cuda_gives_the_loss_of_the_cpu(tiny_base: Path) -> None:
     model, _ = model_room.attach_lora(base, LoraConfig(rank=4), seed=0)
     there = Objective(model=model, accepts_position_ids=True, uses_bare_head=True)
     assert there.losses(batch.to("cuda")).sum().item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_token_is_a_hit_where_it_is_the_likeliest(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objective, "CHUNK", 5)
+    _, chosen = load(tiny_base)
+    own = Objective(model=chosen.model, accepts_position_ids=True, uses_bare_head=False)
+    example = rows()[1]
+    (blank,) = packing.plan([example], micro_batch_tokens=64, is_packed=True, pad_id=258)
+    with torch.no_grad():
+        best_L = own.logits(blank)[0].argmax(-1).numpy().astype(np.int32)
+    labels = example.labels.copy()
+    is_told = np.flatnonzero(labels != -100)
+    labels[is_told[::2]] = best_L[is_told[::2] - 1]  # the model's own choice at every second one
+    told = Encoded(
+        id="1", input_ids=example.input_ids, labels=labels, is_truncated=False, has_end=True
+    )
+    (batch,) = packing.plan([told], micro_batch_tokens=64, is_packed=True, pad_id=258)
+    hits = [way.measure(batch)[1].tolist() for way in (chosen, own)]
+    assert hits[0] == hits[1]
+    assert all(hits[0][::2])
+    assert not all(hits[0])

@@ -192,6 +192,21 @@ def test_a_changed_recipe_is_refused_with_the_difference(tmp_path: Path, tiny_ba
         run._claim(run_dir, recipe, "other data")
 
 
+def test_a_run_of_a_version_without_objectives_goes_on(tmp_path: Path, tiny_base: Path) -> None:
+    from training import run
+
+    recipe = make_recipe(tmp_path, tiny_base)
+    run_dir = run_dir_of(recipe)
+    run_dir.mkdir(parents=True)
+    run._claim(run_dir, recipe, "data")
+    path = run_dir / "recipe.json"
+    stored = json.loads(path.read_text())
+    del stored["recipe"]["objective"]
+    path.write_text(json.dumps(stored))
+    run._claim(run_dir, recipe, "data")
+    assert json.loads(path.read_text())["recipe"]["objective"]["kind"] == "supervised"
+
+
 def bad_calls(directory: Path, base: Path) -> dict[str, tuple[list[str], str]]:
     """Name -> arguments of `python -m training`, and what the message must say."""
     recipe = str(write_recipe(make_recipe(directory, base), directory / "recipe.yaml"))

@@ -25,6 +25,7 @@ from training import checkpoint, loop, seat, zero
 from training.config import TrainRecipe
 from training.model import Base
 from training.strategy import Workers
+from training.trunk import Piece, Trunk
 
 ZERO = ["zero1", "zero2", "zero3"]
 
@@ -197,7 +198,7 @@ def broken_by_one(workers: Workers, recipe: TrainRecipe, number: float) -> str:
     """The second worker's gradients of step 4 break; the reason that this one gives for ending."""
     real = seat.turn
 
-    def turn(trunk: seat.Trunk, pieces: Sequence[tuple[seat.Seat, seat.Piece]]) -> None:
+    def turn(trunk: Trunk, pieces: Sequence[tuple[seat.Seat, Piece]]) -> None:
         handles = []
         if workers.rank == 1 and pieces[0][0].state.step == 3:
             parameter = next(iter(pieces[0][0].parameters.values()))

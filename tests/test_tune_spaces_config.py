@@ -121,6 +121,7 @@ def test_overrides_reach_the_recipe_the_search_and_the_space(tmp_path: Path) -> 
         ("space: rank_lt\n", ["no space 'rank_lt'", "Did you mean 'rank_lr'?", "seed_article"]),
         ("space: 3\n", ["space is 3", "expected a name"]),
         ("lora: {rank: 0}\n", ["lora.rank is 0"]),
+        ("objective: {kind: dpo}\n", ["objective.kind is dpo", "search", "supervised"]),
     ],
 )
 def test_bad_search_file_is_refused_with_where_what_and_allowed(

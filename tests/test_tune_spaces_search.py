@@ -317,6 +317,10 @@ def test_another_search_s_directory_is_refused_with_the_difference(
     directory = tmp_path / "runs" / "found"
     directory.mkdir(parents=True)
     search._claim(directory, config.load(path), resume=False)
+    stored = json.loads((directory / "config.json").read_text())
+    del stored["objective"]  # as a version without it has written
+    (directory / "config.json").write_text(json.dumps(stored))
+    search._claim(directory, config.load(path), resume=True)
     with pytest.raises(ValueError, match=r"search\.seed: 0 -> 3"):
         search._claim(directory, config.load(path, ["search.seed=3"]), resume=True)
     (directory / "config.json").unlink()

@@ -39,8 +39,10 @@ class DataConfig:
     """File, glob, list of those, `save_to_disk` directory, or hub id."""
     eval: str | tuple[str, ...] | None = None
     """The same for held-out examples; null trains without evaluation."""
-    format: Literal["auto", "messages", "alpaca", "sharegpt", "prompt_completion", "text"] = "auto"
-    """Shape of a row; auto looks at its keys."""
+    format: Literal[
+        "auto", "messages", "alpaca", "sharegpt", "prompt_completion", "text", "preference"
+    ] = "auto"
+    """Shape of a row; auto looks at its keys, and is preference for objective.kind: dpo."""
     template: Literal["auto", "chat", "alpaca", "plain"] = "auto"
     """How a row becomes text; auto is the tokenizer's chat template, or alpaca without one."""
     mask: Literal["completion", "all", "last_turn"] = "completion"
@@ -57,6 +59,24 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(bool(self.train), "data.train", self.train, "a file, glob, directory or hub id")
         _require(8 <= self.max_length <= 1 << 20, "data.max_length", self.max_length, "8..1048576")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    """What is learned of an example."""
+
+    kind: Literal["supervised", "dpo"] = "supervised"
+    """The answers themselves, or, of two answers, which one is preferred (arXiv 2305.18290)."""
+    beta: float = 0.1
+    """dpo: how dear it is to move away from the base; the smaller, the further it goes."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.beta <= 2, "objective.beta", self.beta, "above 0, to 2")
+
+    @property
+    def num_sequences(self) -> int:
+        """Token sequences of one example, which are trained together."""
+        return 2 if self.kind == "dpo" else 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -299,6 +319,7 @@ class TrainRecipe:
     """What holds runs: a directory that all nodes share, or a URL such as s3://bucket/runs."""
     model: ModelConfig
     data: DataConfig
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -322,6 +343,7 @@ class TrainRecipe:
                 raise ConfigError("checkpoint.keep_adapters needs storage that is a directory")
         if self.data.streaming and self.optim.max_steps is None:
             raise ConfigError("data.streaming needs optim.max_steps: a stream has no known length")
+        self._check_objective()
         if self.evaluation.every_steps and not self.data.eval:
             raise ConfigError("evaluation.every_steps needs data.eval: name the held-out examples")
         workers = self.scale.most_workers
@@ -333,4 +355,37 @@ class TrainRecipe:
         if self.scale.strategy == "single" and workers > 1:
             raise ConfigError(
                 f"scale.strategy is single with {workers} workers; use ddp (or auto), or one worker"
+            )
+
+    @property
+    def row_format(
+        self,
+    ) -> Literal[
+        "auto", "messages", "alpaca", "sharegpt", "prompt_completion", "text", "preference"
+    ]:
+        """`data.format`, where auto is preference for dpo."""
+        return "preference" if self.objective.kind == "dpo" else self.data.format
+
+    def _check_objective(self) -> None:
+        if self.objective.kind == "supervised":
+            if self.data.format == "preference":
+                raise ConfigError(
+                    "data.format is preference, which objective.kind: supervised cannot learn "
+                    "from; set objective.kind: dpo"
+                )
+            return
+        if self.data.format not in ("auto", "preference"):
+            raise ConfigError(
+                f"objective.kind is dpo with data.format {self.data.format}; dpo learns from "
+                "preferences: set data.format: preference, or leave it out"
+            )
+        if self.data.mask == "all":
+            raise ConfigError(
+                "objective.kind is dpo with data.mask all; only the two answers are compared: "
+                "leave data.mask out"
+            )
+        if self.data.streaming:
+            raise ConfigError(
+                "objective.kind is dpo with data.streaming, which reads examples one by one, not "
+                "in pairs; leave data.streaming out"
             )

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -62,12 +62,14 @@ class SetBatches:
     """Global batches out of a token set, in the sampler's order.
 
     The tokens of an example are read where they are looked at, so a worker reads its share alone.
+    A preference is two examples of the set, which stay together.
     """
 
     def __init__(self, train: TokenSet, recipe: TrainRecipe) -> None:
         self._train = train
+        self._together = recipe.objective.num_sequences
         self._order = sampler.Order(
-            len(train),
+            len(train) // self._together,
             recipe.optim.global_batch_size,
             recipe.optim.seed,
             epochs=recipe.optim.epochs,
@@ -77,7 +79,12 @@ class SetBatches:
 
     def batch(self, step: int) -> Sequence[tuple[int, Encoded]]:
         """The global batch of 0-based `step`: (index of the example, its tokens)."""
-        return [(index, self._train[index]) for index in self._order.batch(step)]
+        indices = [
+            first * self._together + i
+            for first in self._order.batch(step)
+            for i in range(self._together)
+        ]
+        return [(index, self._train[index]) for index in indices]
 
 
 class StreamBatches:
@@ -153,7 +160,13 @@ def load(
     is_stream = recipe.data.streaming
     train = None if is_stream else _load(recipe, recipe.data.train, encoder, tokenizer, known.train)
     shown = train if train is not None else _head(recipe, encoder)
-    report = inspection.inspect(shown, encoder, tokenizer, vocab_size=vocab_size)
+    report = inspection.inspect(
+        shown,
+        encoder,
+        tokenizer,
+        vocab_size=vocab_size,
+        num_sequences=recipe.objective.num_sequences,
+    )
     inspection.refuse(report)
     held_out = _load(recipe, recipe.data.eval, encoder, tokenizer, known.eval)
     return Dataset(encoder=encoder, train=train, eval=held_out, report=report)
@@ -183,7 +196,7 @@ def _load(
         return None
     wanted = token_cache.Request(
         source=source,
-        data=recipe.data,
+        data=replace(recipe.data, format=recipe.row_format),
         encoder=encoder,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
     )

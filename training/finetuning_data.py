@@ -42,6 +42,11 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\xff\xfe", "UTF-16 text; save it as UTF-8"),
     (b"\xfe\xff", "UTF-16 text; save it as UTF-8"),
 )
+_ARRAY_HINT = "the file seems to be one JSON array: write one object a line"
+_EXPECTED: Mapping[Method, str] = {
+    "supervised": "no 'messages' (and no 'prompt' with 'completion') in the line",
+    "dpo": f"no 'input' with '{shapes.PREFERRED[0]}' and '{shapes.NON_PREFERRED[0]}' in the line",
+}
 _NUM_SHOWN = 3
 
 
@@ -174,9 +179,6 @@ def _read(file: BinaryIO, tally: "_Tally", max_line_bytes: int) -> None:
             tally.note(number, bad)
 
 
-_ARRAY_HINT = "the file seems to be one JSON array: write one object a line"
-
-
 @dataclass(kw_only=True, slots=True)
 class _Tally:
     """What is known of a file so far."""
@@ -249,12 +251,6 @@ class _Tally:
                 code="missing_messages_list",
             )
         raise Bad(f"{_EXPECTED['supervised']}; {_keys(row)}", code="missing_messages_list")
-
-
-_EXPECTED: Mapping[Method, str] = {
-    "supervised": "no 'messages' (and no 'prompt' with 'completion') in the line",
-    "dpo": f"no 'input' with '{shapes.PREFERRED[0]}' and '{shapes.NON_PREFERRED[0]}' in the line",
-}
 
 
 def _require_learnable(example: Example) -> None:

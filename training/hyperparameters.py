@@ -136,8 +136,11 @@ def _number(given: Mapping[str, object], name: str, most: float | None, where: s
     value = given.get(name)
     if value is None or value == "auto":
         return None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value <= (math.inf if most is None else most) or value == math.inf:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not (0 < value < math.inf and (most is None or value <= most))
+    ):
         limit = "" if most is None else f", to {most:g}"
         raise ConfigError(
             f"{where}.{name} is {_shown(value)}; allowed: 'auto', or a number above 0{limit}"

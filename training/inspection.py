@@ -21,7 +21,7 @@ class DataReport:
     """Figures about a token set, and one of its examples."""
 
     num_examples: int
-    """Examples that will be trained on."""
+    """Examples that will be trained on; of a preference, both answers count."""
     num_tokens: int
     """Their tokens."""
     num_supervised: int
@@ -48,15 +48,23 @@ class DataReport:
     """Rows that were left out."""
     bad: tuple[BadRow, ...]
     """The first of them."""
+    num_sequences: int
+    """2 where an example and the next are a preference, else 1."""
     sample: str
     """One example, decoded, its supervised parts between ⟦ and ⟧; empty without examples."""
+
+    @property
+    def _num_shown(self) -> str:
+        if self.num_sequences == 1:
+            return f"{self.num_examples:,}"
+        return f"{self.num_examples // self.num_sequences:,} preferences"
 
     def lines(self) -> list[str]:
         """The report for a terminal."""
         whole = self.num_examples - self.num_truncated
         lengths = ", ".join(f"{name} {size}" for name, size in self.length_percentiles.items())
         out = [
-            f"examples      {self.num_examples:,} ({self.num_tokens:,} tokens), "
+            f"examples      {self._num_shown} ({self.num_tokens:,} tokens), "
             f"template {self.template}, mask {self.mask}",
             f"length        {lengths or 'none'} (max_length {self.max_length})",
             f"truncated     {_percent(self.num_truncated, self.num_examples)}",
@@ -78,8 +86,12 @@ def inspect(
     tokenizer: PreTrainedTokenizerBase,
     *,
     vocab_size: int | None = None,
+    num_sequences: int = 1,
 ) -> DataReport:
-    """Measure a token set; `vocab_size` is the rows of the model's embedding."""
+    """Measure a token set; `vocab_size` is the rows of the model's embedding.
+
+    num_sequences: of one example, see `ObjectiveConfig`.
+    """
     facts = tokens.facts
     return DataReport(
         num_examples=facts.num_examples,
@@ -96,6 +108,7 @@ def inspect(
         mask=encoder.mask,
         num_bad=facts.num_bad,
         bad=facts.bad,
+        num_sequences=num_sequences,
         sample=_marked(tokens[facts.typical], tokenizer) if len(tokens) else "",
     )
 

@@ -25,9 +25,11 @@ from training.config import TrainRecipe
 from training.events import EventLog
 from training.mirror import Mirror
 from training.model import ADAPTER, adapter_parameters
-from training.seat import Batches, Seat, Step, Trunk, eval_loss, turn
+from training.scoring import Score, score, score_pairs
+from training.seat import Batches, Seat, Step, turn
 from training.strategy import Workers
 from training.tokens import Encoded
+from training.trunk import Trunk
 from training.zero import Sharded
 
 log = logging.getLogger(__name__)
@@ -149,7 +151,8 @@ def _accumulate(job: Job, seat: Seat) -> bool:
         try:
             while seat.pending:
                 piece = seat.pending.popleft()
-                tokens = piece.batch.input_ids_BL.numel() if len(piece.batch.segments) > 1 else 1
+                is_divisible = len(piece.batch.segments) > job.recipe.objective.num_sequences
+                tokens = piece.batch.input_ids_BL.numel() if is_divisible else 1
                 turn(seat.trunk, [(seat, piece)])
             return is_short
         except (MemoryError, RuntimeError) as error:
@@ -177,10 +180,13 @@ def _halve(job: Job, seat: Seat, tokens: int, reason: str) -> None:
         torch.cuda.empty_cache()
 
 
-def _eval_loss(job: Job, seat: Seat) -> float:
+def _scored(job: Job, seat: Seat) -> Score:
     while True:
         try:
-            return eval_loss(seat.trunk, job.eval_examples, workers=job.workers)
+            if not seat.is_dpo:
+                return score(seat.trunk, job.eval_examples, workers=job.workers)
+            beta = job.recipe.objective.beta
+            return score_pairs(seat.trunk, job.eval_examples, beta=beta, workers=job.workers)
         except (MemoryError, RuntimeError) as error:
             if not _can_begin_again(job, error):
                 raise
@@ -198,6 +204,8 @@ def _report_step(job: Job, number: int, step: Step, seconds: float) -> None:
         grad_norm=step.grad_norm,
         real_tokens=step.real_tokens,
         supervised_tokens=step.supervised_tokens,
+        train_mean_token_accuracy=step.token_accuracy,
+        **(step.rewards.fields() if step.rewards is not None else {}),
         step_s=round(seconds, 4),
     )
     if not step.is_applied:
@@ -215,10 +223,19 @@ def _after_step(job: Job, seat: Seat, *, wants_stop: bool) -> None:
     step = seat.state.step
     is_best = False
     if len(job.eval_examples) and (seat.is_done or (every and step % every == 0)):
-        loss = _eval_loss(job, seat)
+        found = _scored(job, seat)
+        loss = found.loss
         is_best = seat.state.best_loss is None or loss < seat.state.best_loss
         scores = job.scores() if job.workers.is_first else {}
-        job.report("eval", step=step, loss=loss, is_best=is_best, **scores)
+        job.report(
+            "eval",
+            step=step,
+            loss=loss,
+            is_best=is_best,
+            valid_mean_token_accuracy=found.token_accuracy,
+            **(found.rewards.fields() if found.rewards is not None else {}),
+            **scores,
+        )
         seat.state = replace(
             seat.state,
             best_loss=loss if is_best else seat.state.best_loss,

@@ -25,7 +25,10 @@ CHUNK = 256
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """Cross entropies (N,) of `hidden_NH @ weight_VH.T + bias_V`, differentiable in hidden."""
+    """Cross entropies (N,) of `hidden_NH @ weight_VH.T + bias_V`, differentiable in hidden.
+
+    With them (N,) whether the target was the likeliest token.
+    """
 
     @staticmethod
     def forward(
@@ -34,14 +37,16 @@ class _FrozenHeadLoss(torch.autograd.Function):
         weight_VH: Tensor,
         bias_V: Tensor | None,
         target_N: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         wants_grad = ctx.needs_input_grad[0]
         grad_NH = torch.empty_like(hidden_NH, dtype=torch.float32) if wants_grad else None
         loss_N = torch.empty(len(target_N), dtype=torch.float32, device=hidden_NH.device)
+        hit_N = torch.empty(len(target_N), dtype=torch.bool, device=hidden_NH.device)
         for start in range(0, len(target_N), CHUNK):
             rows = slice(start, start + CHUNK)
             logits_NV = F.linear(hidden_NH[rows].to(weight_VH.dtype), weight_VH, bias_V).float()
             target = target_N[rows, None]
+            hit_N[rows] = logits_NV.argmax(-1) == target_N[rows]
             norm_N = logits_NV.logsumexp(-1, keepdim=True)
             loss_N[rows] = (norm_N - logits_NV.gather(-1, target)).squeeze(-1)
             if grad_NH is not None:
@@ -50,11 +55,12 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 grad_NH[rows] = (probs_NV.to(weight_VH.dtype) @ weight_VH).float()
         ctx.grad_NH = grad_NH
         ctx.dtype = hidden_NH.dtype
-        return loss_N
+        ctx.mark_non_differentiable(hit_N)
+        return loss_N, hit_N
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad_N,) = grad_outputs
+        grad_N, _ = grad_outputs
         return (ctx.grad_NH * grad_N[:, None]).to(ctx.dtype), None, None, None
 
 
@@ -85,25 +91,30 @@ class Objective:
     accepts_position_ids: bool
     uses_bare_head: bool
     """False where the model transforms its logits (soft caps, scales): found by `probe`."""
-    engine: Callable[[MicroBatch], Tensor] | None = None
-    """Computes `losses` in place of this process alone, where its base is cut up."""
+    engine: Callable[[MicroBatch], tuple[Tensor, Tensor]] | None = None
+    """Computes `measure` in place of this process alone, where its base is cut up."""
 
-    def through(self, engine: Callable[[MicroBatch], Tensor]) -> "Objective":
+    def through(self, engine: Callable[[MicroBatch], tuple[Tensor, Tensor]]) -> "Objective":
         """The same losses by way of `engine`, which holds the weights."""
         return replace(self, engine=engine)
 
     def losses(self, batch: MicroBatch) -> Tensor:
         """Cross entropies (N,) of the batch's supervised tokens, row by row, in fp32."""
+        return self.measure(batch)[0]
+
+    def measure(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """`losses`, and (N,) whether each of the tokens was the likeliest."""
         if self.engine is not None:
             return self.engine(batch)
         position_N, target_N = shifted_targets(batch)
         if self.uses_bare_head:
             hidden_NH = self._hidden(batch).flatten(0, 1)[position_N]
             head: Any = _bare(self.model).get_output_embeddings()
-            loss_N: Any = _FrozenHeadLoss.apply(hidden_NH, head.weight, head.bias, target_N)
-            return loss_N
+            both: Any = _FrozenHeadLoss.apply(hidden_NH, head.weight, head.bias, target_N)
+            return both
         logits_NV = self.logits(batch).flatten(0, 1)[position_N]
-        return F.cross_entropy(logits_NV.float(), target_N, reduction="none")
+        hit_N = logits_NV.detach().argmax(-1) == target_N
+        return F.cross_entropy(logits_NV.float(), target_N, reduction="none"), hit_N
 
     def logits(self, batch: MicroBatch) -> Tensor:
         """The model's own logits (B, L, V)."""

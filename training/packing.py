@@ -39,6 +39,8 @@ class Segment:
     """First column."""
     stop: int
     """Column after the last one."""
+    num_supervised: int
+    """Its tokens that are to be predicted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -79,18 +81,27 @@ class MicroBatch:
 
 
 def plan(
-    examples: Sequence[Encoded], *, micro_batch_tokens: int, is_packed: bool, pad_id: int
+    examples: Sequence[Encoded],
+    *,
+    micro_batch_tokens: int,
+    is_packed: bool,
+    pad_id: int,
+    together: int = 1,
 ) -> list[MicroBatch]:
     """Spread examples over micro-batches of at most `micro_batch_tokens` tokens, padding included.
 
-    An example longer than the budget gets a row and a micro-batch of its own. Longest first, by
-    first-fit-decreasing; out of a few row lengths the cheapest plan is taken, where a token costs
-    1 + L / 1536 and a micro-batch 128. The same input gives the same plan.
+    together: so many examples in a row share a micro-batch. What is longer than the budget gets a
+    micro-batch of its own. Longest first, by first-fit-decreasing; out of a few row lengths the
+    cheapest plan is taken, where a token costs 1 + L / 1536 and a micro-batch 128. The same input
+    gives the same plan.
     """
     assert micro_batch_tokens >= 1, micro_batch_tokens
     lengths = [len(example.input_ids) for example in examples]
     assert all(lengths), "an example without tokens"
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    assert len(lengths) % together == 0, (len(lengths), together)
+    firsts = range(0, len(lengths), together)
+    units = [tuple(range(first, first + together)) for first in firsts]
+    order = sorted(units, key=lambda unit: (-max(lengths[i] for i in unit), unit[0]))
     layouts = [
         _layout(order, lengths, micro_batch_tokens, capacity, opener, is_packed)
         for capacity in (_CAPACITIES if is_packed else _CAPACITIES[:1])
@@ -159,35 +170,49 @@ def _widen(tensor_BL: Tensor, width: int, value: int | None) -> Tensor:
 
 
 def _layout(
-    order: list[int],
+    order: list[tuple[int, ...]],
     lengths: list[int],
     budget: int,
     capacity: float,
     opener: float,
     is_packed: bool,
 ) -> list[list[list[int]]]:
-    """Micro-batches of rows of example indices."""
+    """Micro-batches of rows of example indices; the examples of a unit share a micro-batch."""
     layout: list[list[list[int]]] = []
     waiting = order
     while waiting:
-        longest = lengths[waiting[0]]
+        longest = max(lengths[index] for index in waiting[0])
         room = max(longest, min(int(capacity * longest), budget))
         max_rows = max(1, budget // room)
         rows: list[list[int]] = []
         free: list[int] = []
-        left: list[int] = []
-        for index in waiting:
-            size = lengths[index]
-            fits = (row for row, space in enumerate(free) if space >= size)
-            row = next(fits, None) if is_packed else None
-            if row is not None:
+        left: list[tuple[int, ...]] = []
+        for unit in waiting:
+            is_first = not rows
+            if len(rows) * room > budget:  # of one unit that is longer, which stays alone
+                left.append(unit)
+                continue
+            before = len(rows)
+            placed: list[int] = []
+            for index in unit:
+                size = lengths[index]
+                fits = (row for row, space in enumerate(free) if space >= size)
+                row = next(fits, None) if is_packed else None
+                if row is None and (is_first or (len(rows) < max_rows and size >= opener * room)):
+                    row = len(rows)
+                    rows.append([])
+                    free.append(room)
+                if row is None:
+                    break
                 rows[row].append(index)
                 free[row] -= size
-            elif not rows or (len(rows) < max_rows and size >= opener * room):
-                rows.append([index])
-                free.append(room - size)
-            else:
-                left.append(index)
+                placed.append(row)
+            if len(placed) < len(unit):  # there is no room for all of it
+                for index, row in zip(unit, placed, strict=False):
+                    rows[row].remove(index)
+                    free[row] += lengths[index]
+                del rows[before:], free[before:]
+                left.append(unit)
         layout.append(rows)
         waiting = left
     return layout
@@ -220,7 +245,10 @@ def _build(
             labels_BL[row, start + 1 : stop] = example.labels[1:]
             positions_BL[row, start:stop] = np.arange(stop - start)
             mask_BL[row, start:stop] = 1
-            segments.append(Segment(example=index, row=row, start=start, stop=stop))
+            count = int((labels_BL[row, start:stop] != IGNORE).sum())
+            segments.append(
+                Segment(example=index, row=row, start=start, stop=stop, num_supervised=count)
+            )
             start = stop
         if is_packed:
             positions_BL[row, start:] = np.arange(width - start)

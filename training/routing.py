@@ -209,6 +209,23 @@ def hang(model: PeftModel, name: str, factors: Mapping[str, Factors]) -> None:
         layer.scaling[name] = factor.scaling
 
 
+@contextmanager
+def bare(model: PeftModel) -> Iterator[None]:
+    """Compute with the base alone inside the block, as if no adapter hung on it.
+
+    Unlike PEFT's `disable_adapter`, leaves `requires_grad` alone: peft 0.21's `_disable_adapters`.
+    """
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, was_disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = was_disabled
+
+
 def take_down(model: PeftModel, name: str) -> None:
     """Remove an adapter that `hang` has given."""
     for layer in model.modules():

@@ -225,10 +225,10 @@ def _claim(run_dir: Path, recipe: TrainRecipe, data_fingerprint: str) -> None:
     plain = config.plain(recipe)
     if path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))
+        # Of an earlier version, which lacks what has been added since.
+        before = config.plain(config.build(TrainRecipe, stored["recipe"], where=str(path)))
         lines = [
-            line
-            for line in config.difference(stored["recipe"], plain)
-            if not line.startswith(_CHANGEABLE)
+            line for line in config.difference(before, plain) if not line.startswith(_CHANGEABLE)
         ]
         if stored["data_fingerprint"] != data_fingerprint:
             lines.append("the training examples themselves (files, template or tokenizer)")

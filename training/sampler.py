@@ -176,13 +176,18 @@ class StreamOrder:
         _log.warning("bad_row=%s reason=%r num_bad=%d", bad.where, bad.reason, self.num_bad)
 
 
-def share(batch: Sequence[T], rank: int, world_size: int) -> list[T]:
+def share(batch: Sequence[T], rank: int, world_size: int, *, together: int = 1) -> list[T]:
     """What worker `rank` of `world_size` gets of a global batch: every world_size-th item.
 
-    The shares of all workers are the batch; some are empty where it is smaller than world_size.
+    together: so many items in a row are dealt as one. The shares of all workers are the batch; some
+    are empty where it is smaller than world_size.
     """
     assert 0 <= rank < world_size, (rank, world_size)
-    return list(batch[rank::world_size])
+    assert len(batch) % together == 0, (len(batch), together)
+    if together == 1:
+        return list(batch[rank::world_size])
+    firsts = range(rank * together, len(batch), world_size * together)
+    return [item for first in firsts for item in batch[first : first + together]]
 
 
 def permutation(size: int, seed: int, epoch: int) -> NDArray[np.intp]:

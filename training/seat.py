@@ -15,23 +15,20 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from cluster.errors import TrainingError
-from training import checkpoint, packing
+from training import checkpoint, packing, preference
 from training.checkpoint import State
 from training.config import TrainRecipe
-from training.memory import MemoryPlan
-from training.model import ADAPTER, Base
-from training.objective import Objective
 from training.optimizer import Optimizer, Replicated, loss_scaler
-from training.packing import MicroBatch
-from training.routing import Router, Span
+from training.preference import Rewards
+from training.routing import Span
 from training.sampler import share
 from training.schedule import learning_rate
 from training.strategy import Workers
 from training.tokens import Encoded
+from training.trunk import Piece, Trunk, layout, spans_of
 from training.zero import Sharded
 
 _MIN_SCALE = 1.0
@@ -49,32 +46,6 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Trunk:
-    """What all seats share and none of them changes: the frozen base with its routed layers."""
-
-    base: Base
-    objective: Objective
-    router: Router
-    memory: MemoryPlan
-
-    @property
-    def model(self) -> PeftModel:
-        """The base with every seat's adapter."""
-        return self.objective.model
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """A micro-batch of one seat, on its device."""
-
-    batch: MicroBatch
-    keys: Sequence[tuple[int, ...]]
-    """For each example that the batch was planned from, what its dropout is keyed by."""
-    weight: float = 1.0
-    """0 where it only keeps step with the other workers."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
     """What one optimiser step was."""
 
@@ -87,6 +58,10 @@ class Step:
     """Loss scale, 1 unless training in fp16."""
     real_tokens: int
     supervised_tokens: int
+    token_accuracy: float
+    """Share of the supervised tokens (of dpo: of preferred answers) that were the likeliest."""
+    rewards: Rewards | None
+    """For dpo."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -108,7 +83,9 @@ class Seat:
     pending: deque[Piece] = field(init=False, default_factory=deque)
     """What is left to do of the current step."""
     _batch: Sequence[tuple[int, Encoded]] = field(init=False, default=())
-    _loss_sum: Tensor = field(init=False)
+    _sums: Tensor = field(init=False)
+    """(5,) this worker's part of the current step: the mean loss, tokens that were the likeliest,
+    and `preference.sums`."""
     _initial: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -120,7 +97,7 @@ class Seat:
             workers=self.workers,
         )
         self._initial = _fingerprints(self.parameters)
-        self._loss_sum = torch.zeros(1, dtype=torch.float32, device=base.device)
+        self._sums = torch.zeros(5, dtype=torch.float32, device=base.device)
 
     @property
     def is_done(self) -> bool:
@@ -134,15 +111,32 @@ class Seat:
         """Supervised tokens of the current step's global batch, over all workers."""
         return sum(e.num_supervised for _, e in self._batch)
 
+    @property
+    def is_dpo(self) -> bool:
+        """Whether it learns from preferences."""
+        return self.recipe.objective.kind == "dpo"
+
+    @property
+    def num_pairs(self) -> int:
+        """Preferences in the current step's global batch."""
+        return len(self._batch) // 2
+
+    @property
+    def _num_measured(self) -> int:
+        """Tokens that `token_accuracy` is of."""
+        measured = self._batch[::2] if self.is_dpo else self._batch
+        return sum(e.num_supervised for _, e in measured)
+
     def start_step(self) -> None:
         """Lay out the next global batch, or the current one afresh where it had been begun."""
         step, seed = self.state.step, self.recipe.optim.seed
         self.optimizer.zero_grad()
-        self._loss_sum.zero_()
+        self._sums.zero_()
         self._batch = self._batch or self.batches.batch(step)  # which a stream gives once
-        mine = share(self._batch, self.workers.rank, self.workers.size)
+        together = self.recipe.objective.num_sequences
+        mine = share(self._batch, self.workers.rank, self.workers.size, together=together)
         keys = [(seed, step, number) for number, _ in mine]
-        plan = layout(self.trunk, [e for _, e in mine])
+        plan = layout(self.trunk, [e for _, e in mine], together=together)
         self.pending = deque(Piece(batch=batch, keys=keys) for batch in plan)
         if self.sharded is not None and self.sharded.passes_alike:
             missing = self.workers.most(len(plan)) - len(plan)
@@ -158,12 +152,13 @@ class Seat:
         """
         assert self._batch, "finish_step before start_step"
         assert not self.pending, "finish_step in the middle of a step"
-        self.optimizer.reduce(self._loss_sum, *also)
+        self.optimizer.reduce(self._sums, *also)
         rate = learning_rate(
             self.recipe.optim, step=self.state.step, num_steps=self.batches.num_steps
         )
         scaler = self.optimizer.scaler
-        loss, scale = self._loss_sum.item(), scaler.get_scale()
+        loss, hits, *rewards = self._sums.tolist()
+        scale = scaler.get_scale()
         if not math.isfinite(loss):
             raise self._not_finite(f"loss {loss}")
         norm, is_applied = self.optimizer.step(rate)
@@ -177,6 +172,8 @@ class Seat:
             scale=scale,
             real_tokens=sum(len(e.input_ids) for _, e in self._batch),
             supervised_tokens=self.num_supervised,
+            token_accuracy=hits / self._num_measured,
+            rewards=preference.means(rewards, self.num_pairs) if self.is_dpo else None,
         )
         self.state = replace(
             self.state,
@@ -206,13 +203,25 @@ class Seat:
 
     def add_loss(self, loss: Tensor) -> None:
         """Note a part of the current step's mean loss."""
-        self._loss_sum += loss
+        self._sums[0] += loss
+
+    def add_hits(self, hits: Tensor) -> None:
+        """Note how many tokens of a part of the current step were the likeliest."""
+        self._sums[1] += hits
+
+    def add_rewards(self, sums: Tensor) -> None:
+        """Note `preference.sums` of a part of the current step."""
+        self._sums[2:] += sums
 
     def _idle_piece(self) -> Piece:
         """Work that adds nothing, for a worker whose share is laid out in fewer micro-batches."""
-        number, shortest = min(self._batch, key=lambda entry: len(entry[1].input_ids))
-        keys = [(self.recipe.optim.seed, self.state.step, number)]
-        return Piece(batch=layout(self.trunk, [shortest])[0], keys=keys, weight=0.0)
+        together = self.recipe.objective.num_sequences
+        firsts = range(0, len(self._batch), together)
+        units = [self._batch[first : first + together] for first in firsts]
+        shortest = min(units, key=lambda unit: sum(len(e.input_ids) for _, e in unit))
+        keys = [(self.recipe.optim.seed, self.state.step, number) for number, _ in shortest]
+        plan = layout(self.trunk, [e for _, e in shortest], together=together)
+        return Piece(batch=plan[0], keys=keys, weight=0.0)
 
     def _not_finite(self, what: str) -> TrainingError:
         ids = [e.id for _, e in self._batch]
@@ -254,88 +263,45 @@ def _fingerprints(parameters: Mapping[str, Tensor]) -> dict[str, int]:
 def turn(trunk: Trunk, pieces: Sequence[tuple[Seat, Piece]]) -> None:
     """One forward and backward pass over a piece of each seat; gradients add up in their adapters.
 
-    Each seat's loss is the sum over its own tokens divided by its own count, times its own scale.
+    Each seat's loss is the sum over its own tokens divided by its own count, times its own scale;
+    or, for dpo, the sum over its own pairs divided by their number.
     """
     batch = packing.join([piece.batch for _, piece in pieces], pad_id=trunk.memory.pad_id)
     length = batch.input_ids_BL.shape[1]
     spans: list[Span] = []
     first_row = 0
     for seat, piece in pieces:
-        spans += _spans(piece, seat.adapter, length, first_row)
+        spans += spans_of(piece, seat.adapter, length, first_row)
         first_row += len(piece.batch.input_ids_BL)
     trunk.model.train()
+    reference_N = None
+    if any(seat.is_dpo for seat, _ in pieces):
+        reference_N = preference.reference_losses(trunk, batch)
     with trunk.router.use(tuple(spans)):
         with trunk.base.autocast():
-            loss_N = trunk.objective.losses(batch)
+            loss_N, hit_N = trunk.objective.measure(batch)
         counts = [piece.batch.num_supervised_tokens for _, piece in pieces]
         scaled: list[Tensor] = []
-        for (seat, piece), part_N in zip(pieces, loss_N.split(counts), strict=True):
-            loss = part_N.sum() * piece.weight / seat.num_supervised
+        bases_N = (loss_N if reference_N is None else reference_N).split(counts)
+        parts = zip(pieces, loss_N.split(counts), hit_N.split(counts), bases_N, strict=True)
+        for (seat, piece), part_N, hits_N, base_N in parts:
+            if seat.is_dpo:
+                loss = _preference_loss(seat, piece, part_N, hits_N, base_N)
+            else:
+                loss = part_N.sum() * piece.weight / seat.num_supervised
+                seat.add_hits(hits_N.sum() * piece.weight)
             seat.add_loss(loss.detach())
             scaled.append(seat.optimizer.scaled(loss))
         torch.stack(scaled).sum().backward()
 
 
-def eval_loss(
-    trunk: Trunk,
-    examples: Sequence[Encoded],
-    *,
-    adapter: str = ADAPTER,
-    workers: Workers | None = None,
-) -> float:
-    """Mean loss of a supervised token of `examples` under an adapter, over all workers."""
-    workers = workers or Workers()
-    mine = share(examples, workers.rank, workers.size)
-    sums, counts = example_losses(trunk, mine, adapter=adapter)
-    if trunk.objective.engine is not None:  # every pass is one of all workers
-        num_passes = len(layout(trunk, mine))
-        for _ in range(workers.most(num_passes) - num_passes):
-            example_losses(trunk, examples[:1], adapter=adapter)
-    totals = torch.tensor([math.fsum(sums), float(sum(counts))], dtype=torch.float64)
-    totals = totals.to(trunk.base.device)
-    workers.sum_([totals])
-    return float(totals[0] / totals[1])
-
-
-def example_losses(
-    trunk: Trunk, examples: Sequence[Encoded], *, adapter: str = ADAPTER
-) -> tuple[list[float], list[int]]:
-    """For each example, the sum of its tokens' cross entropies and the number of those tokens."""
-    sums = [0.0] * len(examples)
-    counts = [example.num_supervised for example in examples]
-    trunk.model.eval()
-    for batch in layout(trunk, examples):
-        piece = Piece(batch=batch, keys=[()] * len(examples))
-        spans = _spans(piece, adapter, batch.input_ids_BL.shape[1], 0)
-        with torch.no_grad(), trunk.router.use(spans), trunk.base.autocast():
-            loss_N = trunk.objective.losses(batch)
-        numbers = [segment.example for segment in batch.segments]
-        parts = loss_N.double().split([counts[number] for number in numbers])
-        for number, part_N in zip(numbers, parts, strict=True):
-            sums[number] = part_N.sum().item()
-    trunk.model.train()
-    return sums, counts
-
-
-def layout(trunk: Trunk, examples: Sequence[Encoded]) -> list[MicroBatch]:
-    """Examples as micro-batches on the trunk's device."""
-    batches = packing.plan(
-        examples,
-        micro_batch_tokens=trunk.memory.micro_batch_tokens,
-        is_packed=trunk.memory.is_packed,
-        pad_id=trunk.memory.pad_id,
-    )
-    return [batch.to(trunk.base.device) for batch in batches]
-
-
-def _spans(piece: Piece, adapter: str, length: int, first_row: int) -> tuple[Span, ...]:
-    """Where the examples of a piece lie in a batch whose rows are `length` wide."""
-    return tuple(
-        Span(
-            adapter=adapter,
-            start=(first_row + s.row) * length + s.start,
-            stop=(first_row + s.row) * length + s.stop,
-            key=piece.keys[s.example],
-        )
-        for s in piece.batch.segments
-    )
+def _preference_loss(
+    seat: Seat, piece: Piece, loss_N: Tensor, hit_N: Tensor, reference_N: Tensor
+) -> Tensor:
+    """A piece's part of the mean loss of the step's pairs; notes what else there is to tell."""
+    segments = piece.batch.segments
+    beta = seat.recipe.objective.beta
+    chosen_P, rejected_P = preference.rewards(loss_N, reference_N, segments, beta=beta)
+    seat.add_rewards(preference.sums(chosen_P, rejected_P) * piece.weight)
+    seat.add_hits(preference.chosen_hits(hit_N, segments) * piece.weight)
+    return preference.losses(chosen_P, rejected_P).sum() * piece.weight / seat.num_pairs

@@ -11,6 +11,7 @@ from training.events import Event
 log = logging.getLogger(__name__)
 
 _STEP_FIGURES = ("loss", "lr", "grad_norm", "real_tokens", "step_s")
+_PREFERENCE_FIGURES = ("rewards/chosen", "rewards/rejected", "accuracy", "margin")
 
 
 @contextmanager
@@ -44,6 +45,10 @@ def _tensorboard(run_dir: Path) -> Iterator[Callable[[Event], None]]:
                 writer.add_scalar(f"train/{name}", event.number(name), _step(event))
         elif event.kind == "eval":
             writer.add_scalar("eval/loss", event.number("loss"), _step(event))
+        for name in _PREFERENCE_FIGURES:
+            if name in event.fields:
+                part = "eval" if event.kind == "eval" else "train"
+                writer.add_scalar(f"{part}/{name}", event.number(name), _step(event))
 
     try:
         yield watch

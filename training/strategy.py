@@ -66,6 +66,12 @@ SUPPORT: tuple[Refusal, ...] = (
         )
         for metric in _GENERATED
     ),
+    Refusal(
+        settings={"objective.kind": "dpo", "scale.strategy": "zero3"},
+        reason="the reference is a second pass, with the adapter switched off, and ZeRO-3 fetches "
+        "weights in the order that it has seen one pass need them",
+        instead="zero1, zero2 or ddp, or objective.kind: supervised",
+    ),
     *(
         Refusal(
             settings={"scale.offload_optimizer": "True", "scale.strategy": kind},

@@ -46,6 +46,8 @@ class _Grasp:
     """Whether arguments of calls are given as objects rather than as text."""
     shows_tools: bool = False
     shows_calls: bool = False
+    shows_calls_alone: bool = False
+    """Without tools, for which a tokenizer may have another template."""
     refusal: str = ""
     """Why it renders no conversation with a call."""
 
@@ -111,7 +113,7 @@ class Renderer:
                 "the tokenizer's chat template has no place for tools, so the model would not see "
                 "them; use a base whose template has, or take tools out of the row"
             )
-        if has_calls and not grasp.shows_calls:
+        if has_calls and not (grasp.shows_calls if tools else grasp.shows_calls_alone):
             raise Unusable(
                 "the tokenizer's chat template has no place for tool_calls, so they would not be "
                 "learned; use a base whose template has, or write them into the content"
@@ -141,6 +143,7 @@ class Renderer:
                 takes_objects=takes_objects,
                 shows_tools=not self._gives(text, turns, []),
                 shows_calls=not self._gives(text, bare, [_PROBE_TOOL]),
+                shows_calls_alone=self._tells_apart(turns, bare),
             )
         return _Grasp(refusal=refusal)
 
@@ -149,6 +152,14 @@ class Renderer:
     ) -> bool:
         try:
             return self._apply(turns, tools, is_prompt=False) == text
+        except _REFUSALS:
+            return False
+
+    def _tells_apart(
+        self, turns: Sequence[Mapping[str, object]], others: Sequence[Mapping[str, object]]
+    ) -> bool:
+        try:
+            return not self._gives(self._apply(turns, [], is_prompt=False), others, [])
         except _REFUSALS:
             return False
 

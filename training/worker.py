@@ -34,8 +34,8 @@ from training.events import EventLog
 from training.memory import MemoryPlan
 from training.mirror import Mirror
 from training.model import Base
-from training.seat import Trunk
 from training.strategy import Workers
+from training.trunk import Trunk
 from training.zero import Sharded
 
 if TYPE_CHECKING:  # it is needed at the end only
@@ -303,7 +303,7 @@ def _generated(
     from training import evaluate, examples
 
     rows = examples.read(
-        recipe.data.eval, format=recipe.data.format, on_bad_row=recipe.data.on_bad_row
+        recipe.data.eval, format=recipe.row_format, on_bad_row=recipe.data.on_bad_row
     )
     return evaluate.evaluate(base, model, rows.examples, data.encoder, metrics).metrics
 
@@ -329,6 +329,7 @@ def _agree_on_memory(
         if data.train is None
         else max(s.longest for s in (data.train, data.eval) if s is not None)
     )
+    longest *= recipe.objective.num_sequences  # which are in one micro-batch
     if mirror is not None and workers.is_first:
         mirror.pull(memory.PLAN)
     plan = memory.stored(run_dir)

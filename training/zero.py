@@ -195,9 +195,9 @@ class _Losses(nn.Module):
         self._autocast = base.autocast
         self._objective = objective
 
-    def forward(self, batch: MicroBatch) -> Tensor:
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         with self._autocast():  # DeepSpeed turns it off around its modules
-            return self._objective.losses(batch)
+            return self._objective.measure(batch)
 
 
 def _settings(

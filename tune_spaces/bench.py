@@ -21,10 +21,21 @@ import torch
 
 from cluster import ownership, storage
 from cluster.errors import ConfigError, TrainingError
-from training import checkpoint, dataset, memory, model, objective, seat, special_ids, worker
+from training import (
+    checkpoint,
+    dataset,
+    memory,
+    model,
+    objective,
+    scoring,
+    seat,
+    special_ids,
+    worker,
+)
 from training.config import LoraConfig, TrainRecipe
 from training.memory import MemoryPlan
-from training.seat import Piece, Seat, Trunk
+from training.seat import Seat
+from training.trunk import Piece, Trunk
 
 log = logging.getLogger(__name__)
 
@@ -250,7 +261,7 @@ class Bench:
         """Mean loss of a supervised token of the evaluation data; of the bare base by default."""
         if self.data.eval is None:
             return None
-        return seat.eval_loss(self.trunk, self.data.eval, adapter=adapter)
+        return scoring.score(self.trunk, self.data.eval, adapter=adapter).loss
 
     def num_parameters(self, trial: str) -> int:
         """Numbers that a trial trains."""

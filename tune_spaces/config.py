@@ -138,6 +138,12 @@ class Search:
     """The space as it was written."""
 
     def __post_init__(self) -> None:
+        if self.recipe.objective.kind == "dpo":
+            raise ConfigError(
+                "objective.kind is dpo, which a search does not vary: trials share tokens of a "
+                "budget and are compared by the loss of an answer, and a preference has two. "
+                "Search with objective.kind: supervised, or train with `loray train`"
+            )
         held_out = _sources(self.recipe.data.eval)
         if self.search.metric != "train_loss" and not held_out:
             raise ConfigError(

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from cluster.errors import LorayError
-from training import evaluate, examples, generation, seat
+from training import evaluate, examples, generation, scoring
 from training.config import TrainRecipe
 from training.examples import Example
 from tune_spaces.bench import Bench, Progress, SeatShed
@@ -214,9 +214,9 @@ def scores(
 
 def _losses(bench: Bench, adapter: str, rows: Sequence[Example]) -> dict[str, list[float]]:
     encoded = [bench.data.encoder.encode(row) for row in rows]
-    sums, counts = seat.example_losses(bench.trunk, encoded, adapter=adapter)
-    values = [total / count for total, count in zip(sums, counts, strict=True)]
-    return {"values": values, "weights": [float(count) for count in counts]}
+    found = scoring.score_examples(bench.trunk, encoded, adapter=adapter)
+    values = [loss / count for loss, count in zip(found.losses, found.counts, strict=True)]
+    return {"values": values, "weights": [float(count) for count in found.counts]}
 
 
 def _answers(

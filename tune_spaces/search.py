@@ -306,6 +306,7 @@ def _claim(directory: Path, chosen: Search, *, resume: bool) -> None:
     plain = search_config.plain(chosen)
     if path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))
+        stored.setdefault("objective", plain["objective"])  # of a version that had but one
         lines = [x for x in config.difference(stored, plain) if not x.startswith(_CHANGEABLE)]
         if lines:
             changes = "\n  ".join(lines)

@@ -110,6 +110,11 @@ def _engine(url: str) -> Engine:
             connect_args={
                 "connect_timeout": _CONNECT_S,
                 "options": f"-c statement_timeout={_STATEMENT_MS}",
+                # A server that is gone without a word is noticed, too.
+                "keepalives_idle": 5,
+                "keepalives_interval": 5,
+                "keepalives_count": 2,
+                "tcp_user_timeout": _STATEMENT_MS,
             },
         )
     raise ConfigError(
