@@ -14,6 +14,7 @@ from cluster import admin as cluster_admin
 from cluster.remote import is_url
 from serving import admin, connection
 from serving.__main__ import serve
+from serving.alias_cli import alias
 from serving.jobs_cli import jobs
 from training.__main__ import Overrides, train
 from training.config import TrainRecipe
@@ -32,6 +33,7 @@ app.add_typer(cluster_admin.node, name="node")
 app.add_typer(admin.adapters, name="adapters")
 app.add_typer(admin.keys, name="keys")
 app.add_typer(jobs, name="jobs")
+app.add_typer(alias, name="alias")
 app.command()(connection.login)
 app.add_typer(admin.registry, name="registry")
 

@@ -1,0 +1,277 @@
+"""What aliases stand for and stood for, in the registry."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import update
+
+from cluster.errors import ConfigError
+from cluster.registry import database
+from cluster.registry.database import Database
+from cluster.registry.tables import Model
+from serving.alias_book import AliasBook
+from serving.aliases import Aliases
+from serving.problems import ApiError
+from serving.rollout import Count, Guard, Rollout, Target
+
+FIXED = ("base", "v6", "v7", "v8", "v9")
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Database]:
+    found = database.open_(database.sqlite_url(tmp_path / "registry.db"))
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def book(opened: Database, clock: Clock) -> AliasBook:
+    return AliasBook(opened, clock=clock)
+
+
+def put(
+    book: AliasBook,
+    name: str = "bot",
+    guard: Guard | None = None,
+    project: str = "red",
+    **weights: float,
+) -> Rollout:
+    targets = [Target(model=model, weight=weight) for model, weight in weights.items()]
+    return book.put(project, name, targets, guard, by="key", fixed=FIXED)
+
+
+def back(book: AliasBook, revision: int | None = None) -> Rollout | None:
+    return book.rollback("red", "bot", by="key", reason="bad", fixed=FIXED, revision=revision)
+
+
+def weights(one: Rollout | None) -> dict[str, float]:
+    assert one is not None
+    return {target.model: target.weight for target in one.targets}
+
+
+def test_an_alias_is_kept_with_its_history(book: AliasBook) -> None:
+    guard = Guard(error_rate=0.1, min_requests=7)
+    first = put(book, v7=1)
+    second = put(book, guard=guard, v7=90, v8=10)
+    assert (first.revision, second.revision) == (1, 2)
+    assert book.get("red", "bot") == second == book.all()[0]
+    assert second.guard == guard
+    changes = book.changes("red", "bot")
+    assert [(c.revision, c.reason, c.by) for c in changes] == [(2, "set", "key"), (1, "set", "key")]
+
+
+def test_going_back_again_goes_back_further_and_never_forth(book: AliasBook) -> None:
+    put(book, v6=1)
+    put(book, v7=1)
+    put(book, v8=1)
+    assert weights(back(book)) == {"v7": 1}
+    assert weights(back(book)) == {"v6": 1}
+    with pytest.raises(ApiError) as raised:
+        back(book)
+    assert raised.value.status == 409
+    put(book, v9=1)
+    assert weights(back(book)) == {"v6": 1}
+    assert [c.restored for c in book.changes("red", "bot")] == [1, None, 1, 2, None, None, None]
+
+
+def test_going_back_passes_over_what_is_served_no_more(book: AliasBook) -> None:
+    put(book, v6=1)
+    put(book, v7=1)
+    put(book, v8=1)
+    done = book.rollback("red", "bot", by="key", reason="bad", fixed=("v6", "v8"))
+    assert weights(done) == {"v6": 1}
+
+
+def test_a_removed_alias_is_not_where_its_namesake_goes_back_to(book: AliasBook) -> None:
+    put(book, v6=1)
+    put(book, v7=1)
+    book.remove("red", "bot", by="key")
+    with pytest.raises(ApiError) as raised:
+        book.get("red", "bot")
+    assert raised.value.status == 404
+    assert put(book, v8=1).revision == 4
+    with pytest.raises(ApiError, match="nothing before"):
+        back(book)
+
+
+def test_of_many_who_go_back_at_once_one_does(book: AliasBook) -> None:
+    put(book, v6=1)
+    put(book, v7=1)
+    done: list[Rollout | None] = []
+    threads = [threading.Thread(target=lambda: done.append(back(book, 2))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == 8
+    assert [weights(one) for one in done if one is not None] == [{"v6": 1}]
+    assert len(book.changes("red", "bot")) == 3
+
+
+def test_projects_have_names_of_their_own(book: AliasBook) -> None:
+    put(book, v7=1)
+    put(book, project="blue", v8=1)
+    assert weights(book.get("red", "bot")) == {"v7": 1}
+    assert [one.project for one in book.list_("blue")] == ["blue"]
+    for act in (
+        lambda: book.get("green", "bot"),
+        lambda: book.remove("green", "bot", by="key"),
+        lambda: book.rollback("green", "bot", by="key", reason="", fixed=FIXED),
+    ):
+        with pytest.raises(ApiError) as raised:
+            act()
+        assert raised.value.status == 404
+
+
+@pytest.mark.parametrize("name", ["v7", "base", "ft:base:loray:x:12345678", "ft:"])
+def test_an_alias_takes_no_models_name(book: AliasBook, name: str) -> None:
+    with pytest.raises((ApiError, ConfigError)) as raised:
+        put(book, name, v8=1)
+    assert raised.value.status in (400, 409)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../x", "x" * 129, "a//b", "a\0"])
+def test_odd_names_are_refused(book: AliasBook, name: str) -> None:
+    with pytest.raises(ConfigError, match="alias is"):
+        put(book, name, v8=1)
+
+
+def test_a_model_takes_no_aliass_name_and_does_not_go_under_one(book: AliasBook) -> None:
+    put(book, v7=1)
+    book.require_free("other")
+    with pytest.raises(ApiError) as raised:
+        book.require_free("bot")
+    assert raised.value.status == 409
+    book.require_unused("v8", project=None)
+    book.require_unused("v7", project="blue")
+    for project in ("red", None):
+        with pytest.raises(ApiError) as raised:
+            book.require_unused("v7", project=project)
+        assert raised.value.status == 409
+
+
+def test_versions_are_models_that_the_project_has(book: AliasBook, opened: Database) -> None:
+    with opened.write() as session:
+        for project in ("red", "blue"):
+            session.add(
+                Model(
+                    name=f"ft:{project}", project=project, job_id=None, base="base", step=None,
+                    path="/nowhere", created_at=1.0, deleted_at=None,
+                )
+            )  # fmt: skip
+    put(book, **{"ft:red": 1, "v7": 1})
+    for unknown in ("ft:blue", "v99", "a\0"):
+        with pytest.raises(ApiError) as raised:
+            put(book, **{unknown: 1, "v7": 1})
+        assert (raised.value.status, raised.value.code) == (404, "model_not_found")
+    with pytest.raises(ApiError, match="is an alias") as raised:
+        put(book, "other", bot=1)
+    assert raised.value.status == 400
+    with opened.write() as session:
+        session.execute(update(Model).values(deleted_at=2.0))
+    put(book, v8=1)
+    with pytest.raises(ApiError, match="nothing before"):
+        back(book)
+
+
+def test_counts_of_all_replicas_of_the_last_minute_are_added_up(
+    book: AliasBook, clock: Clock
+) -> None:
+    one = put(book, v7=1, v8=1)
+    count = Count(requests=3, errors=1, seconds=0.5)
+    for replica in ("a", "b"):
+        for span in (900, 990, 1000):
+            book.add(replica, {("red", "bot", 1, "v7", span): count})
+    book.add("a", {("red", "bot", 1, "v7", 1000): count, ("red", "bot", 2, "v8", 1000): count})
+    assert book.last_minute(one) == {"v7": Count(requests=15, errors=5, seconds=2.5)}
+    clock.now += 60
+    assert book.last_minute(one) == {}
+    clock.now += 86400
+    book.forget()
+    clock.now = 1000.0
+    assert book.last_minute(one) == {}
+
+
+async def _two(book: AliasBook, clock: Clock) -> tuple[Aliases, Aliases]:
+    both = [
+        Aliases(book=book, fixed=lambda: FIXED, clock=clock, replica=name) for name in ("a", "b")
+    ]
+    for one in both:
+        await one.step()
+    return both[0], both[1]
+
+
+def test_two_replicas_agree_on_everybody(book: AliasBook, clock: Clock) -> None:
+    async def check() -> None:
+        first, second = await _two(book, clock)
+        await first.put("red", "bot", [Target(model="v7", weight=1)], None, by="key")
+        assert first.find("red", "bot") is not None  # at once
+        assert second.find("red", "bot") is None
+        await second.step()
+        await first.put(
+            "red", "bot", [Target(model="v7", weight=3), Target(model="v8", weight=1)], None, by="k"
+        )
+        await second.step()
+        here, there = first.find("red", "bot"), second.find("red", "bot")
+        assert here is not None
+        assert there is not None
+        users = [f"user-{number}" for number in range(2000)]
+        assert [here.choose(user) for user in users] == [there.choose(user) for user in users]
+
+    asyncio.run(check())
+
+
+def test_one_of_two_replicas_goes_back_once_for_what_both_have_seen(
+    book: AliasBook, clock: Clock
+) -> None:
+    async def check() -> None:
+        put(book, v7=1)
+        put(book, guard=Guard(error_rate=0.1, min_requests=20), v7=1, v8=1)
+        both = await _two(book, clock)
+        for aliases in both:
+            one = aliases.find("red", "bot")
+            assert one is not None
+            for number in range(12):  # each alone has seen too few
+                aliases.count(one, "v7", seconds=0.1, is_fault=False)
+                aliases.count(one, "v8", seconds=0.1, is_fault=number % 2 == 0)
+        await asyncio.gather(*(aliases.step() for aliases in both))
+        await asyncio.gather(*(aliases.step() for aliases in both))
+        await asyncio.gather(*(aliases.step() for aliases in both))
+        changes = book.changes("red", "bot")
+        assert [change.revision for change in changes] == [3, 2, 1]
+        assert changes[0].by == "loray"
+        assert changes[0].reason.startswith("12 of 24 requests to v8 failed")
+        for aliases in both:
+            assert weights(aliases.find("red", "bot")) == {"v7": 1}
+
+    asyncio.run(check())
+
+
+def test_an_alias_that_cannot_go_back_stays(book: AliasBook, clock: Clock) -> None:
+    async def check() -> None:
+        one = put(book, guard=Guard(error_rate=0.1, min_requests=1), v7=1)
+        first, _ = await _two(book, clock)
+        first.count(one, "v7", seconds=0.1, is_fault=True)
+        for _ in range(3):
+            await first.step()
+        assert weights(first.find("red", "bot")) == {"v7": 1}
+        assert len(book.changes("red", "bot")) == 1
+
+    asyncio.run(check())
