@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -51,9 +51,11 @@ def put(
     name: str = "bot",
     guard: Guard | None = None,
     project: str = "red",
+    these: Mapping[str, float] | None = None,
     **weights: float,
 ) -> Rollout:
-    targets = [Target(model=model, weight=weight) for model, weight in weights.items()]
+    rows = {**(these or {}), **weights}
+    targets = [Target(model=model, weight=weight) for model, weight in rows.items()]
     return book.put(project, name, targets, guard, by="key", fixed=FIXED)
 
 
@@ -176,10 +178,10 @@ def test_versions_are_models_that_the_project_has(book: AliasBook, opened: Datab
                     path="/nowhere", created_at=1.0, deleted_at=None,
                 )
             )  # fmt: skip
-    put(book, **{"ft:red": 1, "v7": 1})
+    put(book, these={"ft:red": 1, "v7": 1})
     for unknown in ("ft:blue", "v99", "a\0"):
         with pytest.raises(ApiError) as raised:
-            put(book, **{unknown: 1, "v7": 1})
+            put(book, these={unknown: 1, "v7": 1})
         assert (raised.value.status, raised.value.code) == (404, "model_not_found")
     with pytest.raises(ApiError, match="is an alias") as raised:
         put(book, "other", bot=1)
