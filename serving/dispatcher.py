@@ -8,22 +8,22 @@ are read change together; whoever has lost the lease writes nothing more.
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from cluster import storage
-from cluster.errors import FencedError, LorayError, RegistryError
+from cluster.errors import ConfigError, FencedError, LorayError, RegistryError
 from cluster.registry import cards, leases
 from cluster.registry.cards import Card
 from cluster.registry.database import Database
-from cluster.registry.tables import ApiKey, Job, JobCheckpoint, Model
-from serving import finding, job_progress, job_recipe
+from cluster.registry.tables import Job, JobCheckpoint, Model
+from serving import job_files, job_progress, job_recipe, turns
 from serving.job_book import Line, model_name, tell
+from serving.job_files import Fate
 from serving.problems import ApiError
 from serving.runner import Runner
 from serving.shelf import Shelf
@@ -43,15 +43,6 @@ _PATIENCE_S = 600.0
 """For a run that is to pause; its step may be long. Then it is stopped."""
 _TRY_AGAIN = ("cluster_unavailable", "run_in_use", "attempt_superseded", "registry_unavailable")
 """Codes of errors that are the cluster's, not the job's."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fate:
-    """Why a job ends badly."""
-
-    code: str
-    message: str
-    param: str | None = None
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -134,17 +125,15 @@ class Dispatcher:
             return None
         return job
 
-    # Files
-
     def _validate(self, seen: Job) -> None:
-        fates = [
-            self._look_at(seen, param)
-            for param in job_recipe.FILES
+        found = [
+            job_files.examine(self.shelf, seen, param, min_examples=self.tuning.min_examples)
+            for param in job_files.PARAMS
             if getattr(seen, param) is not None
         ]
-        if "wait" in fates:
+        if None in found:
             return
-        bad = next((fate for fate in fates if isinstance(fate, Fate)), None)
+        bad = next((one for one in found if isinstance(one, Fate)), None)
         with self.database.write() as session:
             job = self._locked(session, seen)
             if job is None or job.status != "validating_files":
@@ -152,7 +141,8 @@ class Dispatcher:
             if bad is not None:
                 self._fail(session, job, bad)
                 return
-            kind, num_examples = job.method["type"], int(str(fates[0]))
+            kind, num_examples = job.method["type"], found[0]
+            assert isinstance(num_examples, int)
             chosen = hyperparameters.resolve(
                 kind, job.method[kind]["hyperparameters"], num_examples=num_examples
             )
@@ -162,67 +152,10 @@ class Dispatcher:
             message = "Files validated, moving job to queued state"
             tell(session, job, self.clock(), Line(message=message))
 
-    def _look_at(self, job: Job, param: str) -> Fate | str | int:
-        """The number of a file's examples, `wait` while it is being looked into, or a Fate."""
-        noun, code = param.replace("_", " ").capitalize(), f"invalid_{param}"
-        try:
-            file = self.shelf.get(job.project, getattr(job, param))
-            if file.status == "uploaded":
-                return "wait"
-            method = finding.method_of(self.shelf.path(file))
-        except (ApiError, FileNotFoundError):
-            message = f"{noun} was deleted before the job could read it."
-            return Fate(code=code, message=message, param=param)
-        if file.status == "error":
-            return Fate(code=code, message=f"{noun}: {file.status_details}", param=param)
-        if method != job.method["type"]:
-            message = (
-                f"{noun} has the lines of method {method}, and the job's is {job.method['type']}"
-            )
-            return Fate(code=code, message=message, param=param)
-        least = self.tuning.min_examples if param == "training_file" else 1
-        if (file.examples or 0) < least:
-            message = (
-                f"{noun} has {file.examples or 0} example(s), but must have at least {least} "
-                "examples"
-            )
-            return Fate(code="invalid_n_examples", message=message, param=param)
-        return file.examples or 0
-
-    # Runs
-
     def _start_next(self) -> None:
-        """Start the job whose turn it is, where there is room; one starts at a time, since what a
-        run takes is not taken before its workers are there."""
+        """Start the job whose turn it is, where there is room."""
         with self.database.read() as session:
-            busy = session.scalars(select(Job).where(Job.run_job.is_not(None))).all()
-            if len(busy) >= self.tuning.jobs_at_once:
-                return
-            if any(job.status == "queued" for job in busy):
-                return
-            waiting = session.scalars(
-                select(Job)
-                .where(Job.status == "queued", Job.run_job.is_(None))
-                .order_by(Job.number)
-            ).all()
-            if not waiting:
-                return
-            limits = dict(
-                session.execute(
-                    select(ApiKey.id, ApiKey.concurrent_jobs).where(
-                        ApiKey.id.in_({job.key_id for job in waiting})
-                    )
-                ).all()
-            )
-            keys = {job.key_id for job in waiting}
-            starts = dict(
-                session.execute(
-                    select(Job.key_id, func.max(Job.started_at))
-                    .where(Job.key_id.in_(keys))
-                    .group_by(Job.key_id)
-                ).all()
-            )
-        chosen = next_job(waiting, busy, limits=limits, starts=starts)
+            chosen = turns.next_of(session, at_once=self.tuning.jobs_at_once)
         if chosen is not None:
             self._each(chosen, self._start)
 
@@ -233,8 +166,8 @@ class Dispatcher:
         except ApiError:
             message = "The training or validation file was deleted while the job was queued."
             return self._end_badly(seen, Fate(code="invalid_training_file", message=message))
-        except LorayError as error:
-            return self._end_badly(seen, Fate(code=str(error.code), message=str(error)))
+        except ConfigError as error:
+            return self._end_badly(seen, Fate(code=error.code, message=str(error)))
         room = self.runner.room()
         needs = job_recipe.needs(recipe, room.total)
         if any(room.free.get(name, 0) < amount for name, amount in needs.items()):
@@ -255,7 +188,7 @@ class Dispatcher:
             return {}
         return {
             param: self.shelf.path(self.shelf.get(job.project, getattr(job, param)))
-            for param in job_recipe.FILES
+            for param in job_files.PARAMS
             if getattr(job, param) is not None
         }
 
@@ -423,30 +356,6 @@ class Dispatcher:
             checkpoints=tuple((step, name) for step, name in steps),
         )
         cards.write(job_recipe.run_dir(self.tuning, job), card)
-
-
-def next_job(
-    waiting: Sequence[Job],
-    busy: Sequence[Job],
-    *,
-    limits: dict[str, int | None],
-    starts: dict[str, float | None],
-) -> Job | None:
-    """Whose turn it is: of the key that has least running, and of those the one whose last start
-    is longest ago, its oldest job.
-
-    waiting: oldest first. limits: jobs that a key may have running. starts: each key's last start.
-    """
-    running = Counter(job.key_id for job in busy)
-    oldest: dict[str, Job] = {}
-    for job in waiting:
-        limit = limits.get(job.key_id)
-        if limit is None or running[job.key_id] < limit:
-            oldest.setdefault(job.key_id, job)
-    if not oldest:
-        return None
-    key = min(oldest, key=lambda id: (running[id], starts.get(id) or 0.0, oldest[id].number))
-    return oldest[key]
 
 
 def _block(path: Path, offset: int) -> bytes:

@@ -10,12 +10,12 @@ from typing import Any
 from cluster import config, storage
 from cluster.errors import DataError
 from cluster.registry.tables import Job
+from serving import job_files
 from serving.tuning_config import TuningConfig
 from training.config import ModelConfig, TrainRecipe
 from training.hyperparameters import LEARNING_RATE
 
 FILE = "job.json"
-FILES = ("training_file", "validation_file")
 _KEEP = 2
 
 
@@ -48,7 +48,7 @@ def write(tuning: TuningConfig, job: Job, recipe: TrainRecipe, files: Mapping[st
 
 def drop_files(tuning: TuningConfig, job: Job) -> None:
     """Give back the files of a job that is at its end."""
-    for param in FILES:
+    for param in job_files.PARAMS:
         _link(tuning, job, param).unlink(missing_ok=True)
 
 

@@ -15,10 +15,10 @@ import chaos
 import pytest
 from process_runs import ProcessRuns
 from processes import ROOT
-from sqlalchemy import select
+from sqlalchemy import create_engine, select
 
 from cluster import storage
-from cluster.errors import FencedError
+from cluster.errors import FencedError, RegistryError
 from cluster.registry import cards, database, leases
 from cluster.registry.database import Database
 from cluster.registry.tables import ApiKey, Job, JobCheckpoint, JobEvent, Model
@@ -275,3 +275,26 @@ def check_all(opened: Database, jobs: list[str], started: list[str], directory: 
             assert card is not None
             assert (card.status, card.model) == ("succeeded", job.fine_tuned_model)
             assert not (directory / "runs" / id / "training_file.jsonl").exists()
+
+
+def test_a_registry_that_is_away_for_a_moment_ends_no_job(
+    tmp_path: Path, opened: Database, adapter: Path
+) -> None:
+    shelf = shelf_of(opened, tmp_path)
+    book, file = book_of(opened, shelf), file_of(shelf)
+    job = book.create(CreateJob(model=BASE, training_file=file, seed=1), Caller())
+    runner = Instant(adapter)
+    dispatcher = dispatcher_of(opened, shelf, tmp_path, runner)
+    runner.free = {"CPU": 0.0}
+    dispatcher.step()
+    assert book.get("default", job.id).status == "queued"
+    runner.free = {"CPU": 4.0}
+    gone = Database(create_engine(f"sqlite:///{tmp_path}/none/registry.db"))
+    dispatcher.shelf = shelf_of(gone, tmp_path)
+    with pytest.raises(RegistryError):
+        dispatcher.step()
+    assert book.get("default", job.id).status == "queued"
+    dispatcher.shelf = shelf
+    for _ in range(3):
+        dispatcher.step()
+    assert book.get("default", job.id).status == "succeeded"
