@@ -21,13 +21,13 @@ def main(path: Path, question: str) -> None:
     while job.status not in ("succeeded", "failed", "cancelled"):
         time.sleep(1)
         job = client.fine_tuning.jobs.retrieve(job.id)
-        for event in reversed(client.fine_tuning.jobs.list_events(job.id, limit=100).data):
+        for event in reversed([*client.fine_tuning.jobs.list_events(job.id, limit=100)]):
             if event.id not in told:
                 told.add(event.id)
                 print(event.message)
     if job.fine_tuned_model is None:
         sys.exit(f"{job.status}: {job.error and job.error.message}")
-    [first, *_] = client.fine_tuning.jobs.checkpoints.list(job.id).data[::-1]
+    [*_, first] = client.fine_tuning.jobs.checkpoints.list(job.id)
     for model in (base, first.fine_tuned_model_checkpoint, job.fine_tuned_model):
         answer = client.chat.completions.create(
             model=model,
