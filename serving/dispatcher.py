@@ -21,9 +21,11 @@ from cluster.registry import cards, leases
 from cluster.registry.cards import Card
 from cluster.registry.database import Database
 from cluster.registry.tables import Job, JobCheckpoint, Model
-from serving import job_files, job_progress, job_recipe, turns
+from serving import job_files, job_recipe, turns
 from serving.job_book import Line, model_name, tell
 from serving.job_files import Fate
+from serving.job_kind import kind_of
+from serving.job_progress import Ending
 from serving.problems import ApiError
 from serving.runner import Runner
 from serving.shelf import Shelf
@@ -162,24 +164,24 @@ class Dispatcher:
     def _start(self, seen: Job) -> None:
         try:
             files = self._files(seen)
-            recipe = job_recipe.recipe_of(self.tuning, self.model, seen)
+            plan = job_recipe.plan_of(self.tuning, self.model, seen)
         except ApiError:
             message = "The training or validation file was deleted while the job was queued."
             return self._end_badly(seen, Fate(code="invalid_training_file", message=message))
         except ConfigError as error:
             return self._end_badly(seen, Fate(code=error.code, message=str(error)))
         room = self.runner.room()
-        needs = job_recipe.needs(recipe, room.total)
+        needs = job_recipe.needs(plan.recipe, room.total)
         if any(room.free.get(name, 0) < amount for name, amount in needs.items()):
             return None
-        target = job_recipe.write(self.tuning, seen, recipe, files)
+        job_recipe.write(self.tuning, seen, plan, files)
         with self.database.write() as session:
             job = self._locked(session, seen)
             if job is None or job.status != "queued":
                 return None
             job.attempt += 1
             started = job.run_job = f"{job.id}-{job.attempt}"
-        self.runner.start(started, target)
+        self.runner.start(started, job_recipe.words(self.tuning, seen))
         return None
 
     def _files(self, job: Job) -> dict[str, Path]:
@@ -199,7 +201,7 @@ class Dispatcher:
         state = self.runner.state(seen.run_job)  # before its events: the last ones are seen, too
         if state == "unknown":
             if seen.wanted == "run" and seen.status in ("queued", "running"):
-                self.runner.start(seen.run_job, directory / job_recipe.FILE)
+                self.runner.start(seen.run_job, job_recipe.words(self.tuning, seen))
                 return
             state = "ended"
         if state == "alive":
@@ -213,7 +215,7 @@ class Dispatcher:
     def _ask_to_end(self, seen: Job, directory: Path) -> None:
         assert seen.run_job is not None
         now = self.clock()
-        if seen.wanted == "pause":
+        if seen.wanted == "pause" and not job_recipe.is_search(seen):  # whose reports are kept
             since = self._pausing.setdefault(seen.run_job, now)
             if now - since < _PATIENCE_S:
                 loop.stop_file(directory).touch()  # again and again: a run that begins removes it
@@ -228,15 +230,16 @@ class Dispatcher:
         self, seen: Job, events: Sequence[Event], num_bytes: int, directory: Path, *, is_over: bool
     ) -> None:
         result: str | None = None
-        how, last = job_progress.ending(directory) if is_over else ("lost", None)
+        kind = kind_of(seen)
+        how, last = kind.ending(directory) if is_over else ("lost", None)
         wants_result = is_over and how == "finished" and seen.wanted != "cancel"
         if wants_result:
-            storage.verify(directory / "adapter")
+            storage.verify(directory / kind.RESULT)
         with self.database.write() as session:
             job = self._locked(session, seen)
             if job is None or job.events_offset != seen.events_offset:
                 return
-            job_progress.apply(
+            kind.apply(
                 session,
                 job,
                 events,
@@ -245,7 +248,7 @@ class Dispatcher:
                 now=self.clock(),
             )
             job.events_offset += num_bytes
-            content = job_progress.results(session, job) if wants_result else b""
+            content = kind.results(session, job, directory) if wants_result else b""
         if not is_over:
             if any(event.kind == "checkpoint" for event in events):
                 self._write_card(seen)
@@ -265,7 +268,7 @@ class Dispatcher:
         self,
         session: Session,
         job: Job,
-        how: job_progress.Ending,
+        how: Ending,
         last: Event | None,
         result: str | None,
         directory: Path,
@@ -297,6 +300,8 @@ class Dispatcher:
     ) -> None:
         name = model_name(job, self.tuning.organization)
         now = self.clock()
+        kind = kind_of(job)
+        kind.conclude(session, job, last, now)
         session.add(
             Model(
                 name=name,
@@ -304,7 +309,7 @@ class Dispatcher:
                 job_id=job.id,
                 base=job.model,
                 step=None,
-                path=str(directory / "adapter"),
+                path=str(directory / kind.RESULT),
                 created_at=now,
             )
         )
@@ -354,6 +359,7 @@ class Dispatcher:
             created_at=job.created_at,
             status=job.status,
             checkpoints=tuple((step, name) for step, name in steps),
+            result=kind_of(job).RESULT,
         )
         cards.write(job_recipe.run_dir(self.tuning, job), card)
 

@@ -12,6 +12,8 @@ from serving.job_book import Line, model_name, tell
 from training import checkpoint
 from training.events import Event, EventReader
 
+RESULT = "adapter"
+"""Where in a run's directory its result lies."""
 _LATEST = 8
 """Lines of metrics in which those of a checkpoint's step are looked for."""
 Ending = Literal["finished", "stopped", "failed", "lost"]
@@ -56,7 +58,11 @@ def ending(run_dir: Path) -> tuple[Ending, Event | None]:
     return ("stopped" if last.fields.get("was_stopped") else "finished"), last
 
 
-def results(session: Session, job: Job) -> bytes:
+def conclude(session: Session, job: Job, last: Event, now: float) -> None:
+    """All of it is told already."""
+
+
+def results(session: Session, job: Job, run_dir: Path) -> bytes:
     """The results file of a job: CSV, a row for each step."""
     names = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
     rows: dict[int, dict[str, Any]] = {}

@@ -15,9 +15,20 @@ from typing_extensions import TypedDict  # pydantic takes typing's from Python 3
 from cluster.errors import ConfigError
 from serving.schema import Strict
 from training import hyperparameters
+from tune_spaces import config as search_config
+from tune_spaces.config import SearchConfig
+from tune_spaces.spaces import AT_RANK_16, LEARNING_RATE, RANK
 
 SUFFIX = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,62}[A-Za-z0-9])?"
 _MAX_SEED = (1 << 31) - 1
+_MAX_RANK = 256
+_BATCH_SIZE = "optim.global_batch_size"
+_VARIABLE = (
+    RANK, "lora.alpha", "lora.dropout", "lora.target_modules", "lora.variant",
+    LEARNING_RATE, AT_RANK_16, "optim.weight_decay", _BATCH_SIZE,
+)  # fmt: skip
+"""What a search over HTTP may vary: nothing that makes a trial longer without end."""
+_MAX_CHOICES = 64
 Status = Literal[
     "validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"
 ]
@@ -89,7 +100,7 @@ class Method(Strict):
 class Lora(Strict):
     """The adapter (an extension)."""
 
-    rank: Annotated[int, Field(ge=1, le=256)] = 16
+    rank: Annotated[int, Field(ge=1, le=_MAX_RANK)] = 16
     alpha: Annotated[float, Field(gt=0, le=65536)] | None = None
     """Null: the rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -101,6 +112,74 @@ class Lora(Strict):
         ]
     ) = "all-linear"
     variant: Literal["lora", "rslora"] = "lora"
+
+
+class SearchOptions(Strict):
+    """A search in place of one run (an extension): words of a search file."""
+
+    space: (
+        Annotated[str, Field(max_length=64)]
+        | Annotated[
+            dict[Annotated[str, Field(max_length=64)], Any], Field(min_length=1, max_length=16)
+        ]
+    ) = "rank_lr"
+    """A name, or a mapping of `section.field` to choices or a range."""
+    trials: Annotated[int, Field(ge=1, le=256)] = 16
+    metric: Literal["eval_loss", "train_loss", "exact_match", "json_valid", "rouge_l"] = "eval_loss"
+    """All but train_loss want a validation file."""
+    scheduler: Literal["fifo", "asha", "hyperband", "median", "pbt", "pb2"] = "asha"
+    searcher: Literal["random", "grid", "optuna"] = "optuna"
+    sampler: Literal["tpe", "gp"] = "tpe"
+    finalists: Annotated[int, Field(ge=1, le=10)] = 3
+    seeds: Annotated[int, Field(ge=1, le=10)] = 3
+    budget_minutes: Annotated[float, Field(ge=0.01, le=1_000_000)] | None = None
+    """Of the whole search."""
+
+    @field_validator("space")
+    @classmethod
+    def _searchable(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
+        for path, entry in value.items() if isinstance(value, dict) else ():
+            choices = entry.get("choices") if isinstance(entry, dict) else entry
+            if isinstance(choices, list) and len(choices) > _MAX_CHOICES:
+                raise PydanticCustomError(
+                    "invalid_value",
+                    "{path} has {number} choices; allowed: up to {most}",
+                    {"path": path, "number": len(choices), "most": _MAX_CHOICES},
+                )
+        try:
+            found = search_config.parse(value).every_dimension()
+        except ConfigError as error:
+            raise PydanticCustomError("invalid_value", "{why}", {"why": str(error)}) from None
+        for dimension in found:
+            if dimension.path not in _VARIABLE:
+                raise PydanticCustomError(
+                    "invalid_value",
+                    "{path} cannot vary over HTTP; allowed: {allowed}",
+                    {"path": dimension.path, "allowed": ", ".join(_VARIABLE)},
+                )
+            if dimension.path == RANK and max(dimension.domain.ends()) > _MAX_RANK:
+                raise PydanticCustomError(
+                    "invalid_value",
+                    "{path} is above {most}, the largest allowed",
+                    {"path": RANK, "most": _MAX_RANK},
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _usable(self) -> "SearchOptions":
+        try:
+            SearchConfig(**self.words())
+        except ConfigError as error:
+            raise PydanticCustomError("invalid_value", "{why}", {"why": str(error)}) from None
+        return self
+
+    def words(self) -> dict[str, Any]:
+        """What stands under `search` in a search file."""
+        return self.model_dump(exclude={"space"})
+
+    def varied(self) -> set[str]:
+        """The fields that the space varies, as `section.field`."""
+        return {dimension.path for dimension in search_config.parse(self.space).every_dimension()}
 
 
 class CreateJob(Strict):
@@ -126,6 +205,7 @@ class CreateJob(Strict):
     ) = None
     integrations: list[Any] | None = None
     lora: Lora = Lora()
+    search: SearchOptions | None = None
 
     @field_validator("suffix")
     @classmethod
@@ -154,18 +234,6 @@ class CreateJob(Strict):
                 "integrations are not supported; the operator sets `log.to` for all jobs",
             )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refused(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        if value.get("search") is not None:
-            raise PydanticCustomError(
-                "unsupported_value",
-                "search: a search over HTTP is not supported yet; use `loray search`",
-            )
-        return {name: item for name, item in value.items() if name != "search"}
-
     @model_validator(mode="after")
     def _consistent(self) -> "CreateJob":
         if self.hyperparameters is not None and self.method is not None:
@@ -176,7 +244,33 @@ class CreateJob(Strict):
             hyperparameters.check(self.kind, self.asked)
         except ConfigError as error:
             raise PydanticCustomError("invalid_value", "{why}", {"why": str(error)}) from None
+        why = self.search and self._cannot_search(self.search)
+        if why:
+            raise PydanticCustomError("invalid_value", "{why}", {"why": why})
         return self
+
+    def _cannot_search(self, search: SearchOptions) -> str | None:
+        """Why the search does not go with the rest of the request."""
+        if self.kind == "dpo":
+            return "search: a search is supervised; leave it out, or method.type dpo"
+        if search.metric != "train_loss" and self.validation_file is None:
+            return (
+                f"search.metric is {search.metric}, which needs held-out examples; give "
+                "validation_file, or search.metric: train_loss"
+            )
+        varied = search.varied()
+        fixed = {f"lora.{name}": f"lora.{name}" for name in self.lora.model_fields_set}
+        for name, path in (
+            ("batch_size", _BATCH_SIZE),
+            ("learning_rate_multiplier", LEARNING_RATE),
+            ("learning_rate_multiplier", AT_RANK_16),
+        ):
+            if self.asked.get(name, "auto") != "auto":
+                fixed[path] = f"hyperparameters.{name}"
+        both = sorted(given for path, given in fixed.items() if path in varied)
+        if both:
+            return f"{both[0]} is given, and search.space varies it; leave one of them out"
+        return None
 
     @property
     def kind(self) -> Literal["supervised", "dpo"]:
@@ -224,6 +318,7 @@ class JobObject(TypedDict):
     metadata: dict[str, str] | None
     user_provided_suffix: str | None
     lora: dict[str, Any]
+    search: dict[str, Any] | None
 
 
 class JobList(TypedDict):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import chaos
@@ -44,8 +44,9 @@ class Instant:
         self.order: list[str] = []
         self.free = {"CPU": 4.0}
 
-    def start(self, run_job: str, recipe: Path) -> None:
+    def start(self, run_job: str, words: Sequence[str]) -> None:
         self.order.append(run_job)
+        recipe = Path(words[1])
         events = EventLog(recipe.parent / "events.jsonl")
         events.write("started", from_step=0, num_steps=1)
         events.write("step", step=1, num_steps=1, loss=1.0, step_s=0.1)
@@ -158,9 +159,9 @@ def test_a_key_runs_no_more_jobs_at_once_than_it_may_and_none_without_room(
             book.create(body, Caller(key_id=key))
 
     class Endless(Instant):
-        def start(self, run_job: str, recipe: Path) -> None:
+        def start(self, run_job: str, words: Sequence[str]) -> None:
             self.order.append(run_job)
-            events = EventLog(recipe.parent / "events.jsonl")
+            events = EventLog(Path(words[1]).parent / "events.jsonl")
             events.write("started", from_step=0, num_steps=9)
             events.close()
 

@@ -17,9 +17,11 @@ from test_training_adapter import make_adapter
 import loray
 from cluster import command, storage
 from cluster.errors import ConfigError
-from cluster.registry import database
+from cluster.registry import cards, database
 from cluster.registry.tables import Delivery
 from serving import connection
+from serving.tuning_schema import CreateJob
+from tune_spaces import spaces
 
 LINES = b"".join(
     b'{"messages": [{"role": "user", "content": "say %d"}, '
@@ -116,6 +118,96 @@ def test_a_job_runs_from_upload_to_chat(server: Running) -> None:
     assert client.models.delete(done.fine_tuned_model).deleted
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve(done.fine_tuned_model)
+
+
+def test_a_job_that_is_a_search_has_the_winner_as_its_model(
+    server: Running, runs: ProcessRuns, tmp_path: Path
+) -> None:
+    client = server.client
+    search = {"trials": 2, "space": {"lora.rank": [8, 16]}, "scheduler": "fifo"}
+    runs._words[1] = "0.3"
+    job = client.fine_tuning.jobs.create(
+        model=base_of(server),
+        training_file=upload(client),
+        validation_file=upload(client),
+        extra_body={"search": search},
+    )
+    assert job.model_extra is not None
+    assert job.model_extra["search"]["winner"] is None
+    wait(server, job.id, "running")
+    until(lambda: any(text.startswith("Trial") for text in messages(server, job.id)))
+    assert client.fine_tuning.jobs.pause(job.id).status == "paused"
+    until(lambda: not runs.alive())
+    client.fine_tuning.jobs.resume(job.id)
+    done = wait(server, job.id)
+    assert done.status == "succeeded", done.error
+    written = json.loads((tmp_path / "runs" / job.id / "job.json").read_text())
+    assert written["space"] == {"lora.rank": [8, 16]}
+    assert written["search"]["scheduler"] == "fifo"
+    assert written["search"]["seed"] == done.seed
+    said = messages(server, job.id)
+    assert said[3] == "Fine-tuning job started"
+    first = "Trial aaa (rank 8, learning rate 6.00e-04), step 5/10: training loss=0.45, "
+    assert said.count(f"{first}eval_loss=0.45") == 1
+    assert len([text for text in said if ", step " in text]) == 4
+    assert "Trial ccc failed: its process died" in said
+    assert "Fine-tuning job goes on after the last reports of its trials" in said
+    assert said[-3].startswith("Trial bbb of 3 won: lora.rank 16; eval_loss=0.225 (the base")
+    assert done.hyperparameters.learning_rate_multiplier == 2.0
+    assert done.trained_tokens == 400
+    assert done.model_extra["lora"]["rank"] == 16
+    assert done.model_extra["search"]["winner"]["trial"] == "bbb"
+    assert client.files.content(done.result_files[0]).text.startswith("trial,rank\n")
+    assert client.chat.completions.create(
+        model=done.fine_tuned_model, messages=[{"role": "user", "content": "hi"}], max_tokens=3
+    ).choices
+    card = cards.read(tmp_path / "runs" / job.id)
+    assert card is not None
+    assert (card.status, card.result) == ("succeeded", "best")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"search": {"trials": 0}}, "search.trials"),
+        ({"search": {"trials": 257}}, "search.trials"),
+        ({"search": {"space": "no_such"}}, "rank_lr"),
+        ({"search": {"space": {}}}, "search.space"),
+        ({"search": {"space": {"lora.rank": []}}}, "search.space"),
+        ({"search": {"space": {"lora.rank": [1, 512]}}}, "256"),
+        ({"search": {"space": {"lora.rank": list(range(1, 66))}}}, "65 choices"),
+        ({"search": {"space": {"lora.rank": {"choices": [1] * 65}}}}, "65 choices"),
+        ({"search": {"space": {"optim.epochs": [1, 1000]}}}, "optim.epochs cannot vary"),
+        ({"search": {"space": {"model.base": ["/etc"]}}}, "model.base"),
+        ({"search": {"searcher": "grid", "sampler": "gp"}}, "sampler"),
+        ({"search": {"mode": "solo"}}, "mode"),
+        ({"search": {"metric": "eval_loss"}}, "validation_file"),
+        ({"search": {"metric": "train_loss"}, "method": {"type": "dpo"}}, "supervised"),
+        ({"search": {"metric": "train_loss"}, "lora": {"rank": 8}}, "lora.rank is given"),
+        (
+            {
+                "search": {"metric": "train_loss"},
+                "hyperparameters": {"learning_rate_multiplier": 2},
+            },
+            "hyperparameters.learning_rate_multiplier is given",
+        ),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused_with_the_reason(
+    shared: tuple[Running, str], fields: dict[str, Any], words: str
+) -> None:
+    server, file = shared
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.client.fine_tuning.jobs.create(
+            model=base_of(server), training_file=file, extra_body=fields
+        )
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize("space", sorted(spaces.NAMED))
+def test_every_named_space_can_be_searched_over_http(space: str) -> None:
+    body = {"model": "m", "training_file": "t", "validation_file": "v"}
+    assert CreateJob.model_validate({**body, "search": {"space": space}}).search is not None
 
 
 def test_a_job_that_is_paused_goes_on_where_it_was(
@@ -253,7 +345,6 @@ def test_a_stored_key_goes_to_no_other_server(
         ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, 400, "integrations"),
         ({"extra_body": {"lora": {"rank": 0}}}, 400, "lora.rank"),
         ({"extra_body": {"lora": {"variant": "dora"}}}, 400, "lora.variant"),
-        ({"extra_body": {"search": {"trials": 4}}}, 400, None),
         ({"extra_body": {"colour": "red"}}, 400, None),
     ],
 )

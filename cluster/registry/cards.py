@@ -23,6 +23,8 @@ class Card:
     status: str
     checkpoints: tuple[tuple[int, str], ...] = ()
     """Steps, and the names under which their adapters answer."""
+    result: str = "adapter"
+    """Where in the run's directory its result lies."""
 
 
 def write(run_dir: Path, card: Card) -> None:

@@ -18,7 +18,6 @@ from cluster.registry.cards import Card
 from cluster.registry.database import Database
 from cluster.registry.tables import Job, Model
 
-_ADAPTER = "adapter"
 _NO_RESULT = ("failed", "cancelled")
 
 
@@ -91,7 +90,7 @@ def _models(
     """
     for step, name in card.checkpoints:
         yield name, step, adapter_of(run_dir, step)
-    result = run_dir / _ADAPTER
+    result = run_dir / card.result
     is_late = is_over and card.status not in _NO_RESULT and result.is_dir()
     if card.status == "succeeded" or is_late:
         yield card.model, None, result

@@ -137,6 +137,8 @@ class Job(Table):
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     fine_tuned_model: Mapped[str | None] = mapped_column(String(512))
     result_files: Mapped[list[str]]
+    winner: Mapped[dict[str, Any] | None]
+    """Of a job that is a search: {trial, params, metric, value, base_value, trials}."""
     error: Mapped[dict[str, Any] | None]
     """{code, message, param}."""
 
