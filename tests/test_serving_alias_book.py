@@ -1,15 +1,13 @@
-"""What aliases stand for and stood for, in the registry."""
+"""What aliases stand for and stood for, in a registry of each kind."""
 
 import asyncio
 import threading
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import pytest
 from sqlalchemy import update
 
 from cluster.errors import ConfigError
-from cluster.registry import database
 from cluster.registry.database import Database
 from cluster.registry.tables import Model
 from serving.alias_book import AliasBook
@@ -35,15 +33,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Database]:
-    found = database.open_(database.sqlite_url(tmp_path / "registry.db"))
-    yield found
-    found.close()
-
-
-@pytest.fixture
-def book(opened: Database, clock: Clock) -> AliasBook:
-    return AliasBook(opened, clock=clock)
+def book(registry: Database, clock: Clock) -> AliasBook:
+    return AliasBook(registry, clock=clock)
 
 
 def put(
@@ -127,6 +118,29 @@ def test_of_many_who_go_back_at_once_one_does(book: AliasBook) -> None:
     assert len(book.changes("red", "bot")) == 3
 
 
+def test_many_who_set_a_new_alias_at_once_are_each_done_or_told_of_the_others(
+    book: AliasBook,
+) -> None:
+    done: list[int] = []
+    refused: list[ApiError] = []
+
+    def set_() -> None:
+        try:
+            done.append(put(book, v7=1).revision)
+        except ApiError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=set_) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) + len(refused) == 8
+    assert {error.code for error in refused} <= {"conflict"}
+    assert sorted(done) == list(range(1, len(done) + 1))
+    assert book.get("red", "bot").revision == len(done) == len(book.changes("red", "bot"))
+
+
 def test_projects_have_names_of_their_own(book: AliasBook) -> None:
     put(book, v7=1)
     put(book, project="blue", v8=1)
@@ -169,8 +183,8 @@ def test_a_model_takes_no_aliass_name_and_does_not_go_under_one(book: AliasBook)
         assert raised.value.status == 409
 
 
-def test_versions_are_models_that_the_project_has(book: AliasBook, opened: Database) -> None:
-    with opened.write() as session:
+def test_versions_are_models_that_the_project_has(book: AliasBook, registry: Database) -> None:
+    with registry.write() as session:
         for project in ("red", "blue"):
             session.add(
                 Model(
@@ -186,7 +200,7 @@ def test_versions_are_models_that_the_project_has(book: AliasBook, opened: Datab
     with pytest.raises(ApiError, match="is an alias") as raised:
         put(book, "other", bot=1)
     assert raised.value.status == 400
-    with opened.write() as session:
+    with registry.write() as session:
         session.execute(update(Model).values(deleted_at=2.0))
     put(book, v8=1)
     with pytest.raises(ApiError, match="nothing before"):
