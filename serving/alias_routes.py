@@ -82,7 +82,10 @@ class RollbackRequest(BaseModel):
 
     model_config = _STRICT
 
-    reason: Annotated[str, Field(min_length=1, max_length=512)] = "by command"
+    # PostgreSQL takes no NUL.
+    reason: Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^\x00]*$")] = (
+        "by command"
+    )
     revision: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     """Go back only where the alias is still at it."""
 
