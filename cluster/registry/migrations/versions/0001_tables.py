@@ -59,6 +59,17 @@ def upgrade() -> None:
         ),
     )
     op.create_table(
+        "alias_scores",
+        sa.Column("project", sa.String(length=64), nullable=False),
+        sa.Column("name", sa.String(length=128), nullable=False),
+        sa.Column("metric", sa.String(length=64), nullable=False),
+        sa.Column("model", sa.String(length=512), nullable=False),
+        sa.Column("value", sa.Double(), nullable=False),
+        sa.Column("by", sa.String(length=64), nullable=False),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.PrimaryKeyConstraint("project", "name", "metric", "model", name=op.f("pk_alias_scores")),
+    )
+    op.create_table(
         "aliases",
         sa.Column("project", sa.String(length=64), nullable=False),
         sa.Column("name", sa.String(length=128), nullable=False),
