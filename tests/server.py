@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +59,8 @@ def serving(
 
     runner: runs the fine-tuning jobs, where there is a section `tuning`; None: nothing does.
     """
+    if "database" in sections:  # its URL may hold a password
+        sections = {**sections, "database": secret_url(directory / "database-url", sections)}
     tree = {
         "model": {"base": str(base), "quantization": "none"},
         "limits": {
@@ -114,6 +116,13 @@ def serving(
         replica.close()
         opened.close()
         assert not thread.is_alive(), "the server does not end"
+
+
+def secret_url(path: Path, sections: Mapping[str, Any]) -> str:
+    """The word `database` of a serving file whose URL is to be in a file."""
+    path.touch(0o600)
+    path.write_text(sections["database"])
+    return f"file:{path}"
 
 
 def until(condition: Callable[[], bool]) -> None:
