@@ -131,9 +131,9 @@ class ServeRecipe:
     registry: str | None = None
     """Directory that remembers what is served; null: `.loray/serve` beside the file."""
     database: str | None = None
-    """URL of the registry of keys, files, jobs and models, sqlite:// or postgresql://; one with a
-    password as file:PATH or env:NAME, the file (mode 0600) or variable that holds it, on every node.
-    Null: a SQLite file in the directory of `registry`. Several nodes need PostgreSQL."""
+    """URL of the registry of keys, files, jobs and models, sqlite:// or postgresql://; null: a
+    SQLite file in the directory of `registry`. Replicas on several nodes need PostgreSQL. A URL
+    with a password is named: file:PATH (mode 0600) or env:NAME, on every node."""
     tuning: TuningConfig | None = None
     """Fine-tuning over HTTP; null: off."""
     webhooks: tuple[Webhook, ...] = ()
@@ -236,6 +236,12 @@ def database_url(recipe: ServeRecipe, directory: Path) -> str:
             raise ConfigError(f"database: no variable {name!r} in the environment; set it to a URL")
         return url
     return given
+
+
+def key_marks(recipe: ServeRecipe, directory: Path) -> tuple[Path, ...]:
+    """Files that say that a key was once made, where the database is lost. directory: its own."""
+    places = [directory] if recipe.tuning is None else [directory, Path(recipe.tuning.storage)]
+    return tuple(place / "keys-were-made" for place in places)
 
 
 def _secret_url(path: Path) -> str:

@@ -19,7 +19,7 @@ from cluster.registry import database
 from serving import inference, tuning
 from serving.access import Access
 from serving.aliases import Aliases
-from serving.config import ServeRecipe, database_url
+from serving.config import ServeRecipe, database_url, key_marks
 from serving.keys import Keys
 from serving.metrics import Metrics
 from serving.quotas import Quotas
@@ -73,7 +73,12 @@ def serving(
     metrics = Metrics(known=[recipe.model_name])
     replica = open_replica(recipe, directory / "registry", on_step=metrics.step)
     opened = database.open_(database_url(recipe, directory / "registry"))
-    access = Access(opened, keys_file=Keys(keys) if keys else None, host=recipe.http.host)
+    access = Access(
+        opened,
+        keys_file=Keys(keys) if keys else None,
+        host=recipe.http.host,
+        marks=key_marks(recipe, directory / "registry"),
+    )
     quotas = Quotas(opened)
     tuned = tuning.open_tuning(recipe, opened, replica)
     aliases = tuning.open_aliases(opened, replica)

@@ -1,6 +1,7 @@
 """The doors to serving: `python -m serving` under Ray Serve, `loray adapters`, `loray keys`."""
 
 import os
+import shutil
 import signal
 import socket
 import time
@@ -297,6 +298,27 @@ def test_a_host_that_others_reach_needs_a_key_of_the_registry(
     status, out, err = call(["serving", path.name, "--config"], tmp_path)
     assert status == 0, err
     assert "0.0.0.0" in out
+
+
+def test_a_server_whose_registry_was_lost_does_not_begin_without_keys(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    path, _ = write(tmp_path, tiny_base, tuning={"storage": "runs"})
+    assert call(["serving", path.name, "--config"], tmp_path)[0] == 0
+    made(tmp_path, path, "ada")
+    shutil.rmtree(tmp_path / ".loray")
+    status, _, err = call(["serving", path.name, "--config"], tmp_path)
+    assert status == 1
+    mark = tmp_path / "runs" / "keys-were-made"
+    for words in (str(mark), "loray keys create FILE NAME", "remove what is named here"):
+        assert words in err
+    mark.unlink()
+    assert call(["serving", path.name, "--config"], tmp_path)[0] == 0
+    made(tmp_path, path, "bob")
+    (tmp_path / ".loray" / "serve" / "serve" / "registry.db").unlink()
+    assert call(["serving", path.name, "--config"], tmp_path)[0] == 1
+    made(tmp_path, path, "cleo")
+    assert call(["serving", path.name, "--config"], tmp_path)[0] == 0
 
 
 def test_the_registry_is_where_the_serving_file_says(tmp_path: Path, tiny_base: Path) -> None:

@@ -17,9 +17,10 @@ from test_training_adapter import make_adapter
 import loray
 from cluster import command, storage
 from cluster.errors import ConfigError
-from cluster.registry import database
+from cluster.registry import database, rebuild
 from cluster.registry.tables import Delivery
 from serving import connection
+from training import checkpoint
 
 LINES = b"".join(
     b'{"messages": [{"role": "user", "content": "say %d"}, '
@@ -75,7 +76,7 @@ def messages(server: Running, id: str) -> list[str]:
     return [event.message for event in reversed(events)]
 
 
-def test_a_job_runs_from_upload_to_chat(server: Running) -> None:
+def test_a_job_runs_from_upload_to_chat(server: Running, tmp_path: Path) -> None:
     client = server.client
     file = upload(client)
     job = client.fine_tuning.jobs.create(
@@ -116,6 +117,11 @@ def test_a_job_runs_from_upload_to_chat(server: Running) -> None:
     assert client.models.delete(done.fine_tuned_model).deleted
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve(done.fine_tuned_model)
+    new = database.open_(database.sqlite_url(tmp_path / "new.db"))  # the registry is lost
+    found = rebuild.rebuild(new, tmp_path / "runs", adapter_of=checkpoint.adapter_directory)
+    new.close()
+    assert set(found.added) == {one.fine_tuned_model_checkpoint for one in checkpoints}
+    assert (found.num_deleted, found.broken) == (1, ())
 
 
 def test_a_job_that_is_paused_goes_on_where_it_was(
