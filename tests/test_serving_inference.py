@@ -342,6 +342,21 @@ def test_auto_measures_both_ways_and_serves_one(tmp_path: Path, tiny_base: Path)
         assert own.choices[0].message.content != base.choices[0].message.content
 
 
+def test_an_error_in_the_middle_of_a_stream_is_its_last_event_and_is_logged(
+    tmp_path: Path, tiny_base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(tmp_path, tiny_base) as running:
+        engine = running.replica.service.base.engine
+        stream = ask(running, running.replica.service.base.name, stream=True, max_tokens=400)
+        next(stream)
+        engine._bare.forward = None  # pyright: ignore
+        with pytest.raises(openai.APIError, match="The server had an error") as raised:
+            list(stream)
+        assert raised.value.type == "server_error"
+        lines = [one.getMessage() for one in caplog.records if one.name == "serving.problems"]
+        assert [stream.response.headers["x-request-id"] in line for line in lines] == [True]
+
+
 def test_a_dead_engine_is_told_and_shown(tmp_path: Path, tiny_base: Path) -> None:
     with serving(tmp_path, tiny_base) as running:
         base = running.replica.service.base
