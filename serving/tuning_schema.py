@@ -8,12 +8,12 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on only
 
 from cluster.errors import ConfigError
-from serving.schema import Strict
+from serving.schema import Strict, T
 from training import hyperparameters
 
 SUFFIX = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,62}[A-Za-z0-9])?"
@@ -23,7 +23,21 @@ Status = Literal[
 ]
 
 
-Number = Annotated[float | int | Literal["auto"] | None, Field(description="`auto` or a number.")]
+def _in_range(value: object, info: ValidationInfo) -> object:
+    name = str(info.field_name)
+    try:
+        hyperparameters.check("dpo", {name: value})  # which has the others', too
+    except ConfigError as error:
+        why = f"allowed: {str(error).partition('allowed: ')[2]}"
+        raise PydanticCustomError("invalid_value", "{why}", {"why": why}) from None
+    return value
+
+
+Number = Annotated[
+    float | int | Literal["auto"] | None,
+    BeforeValidator(_in_range),
+    Field(description="`auto` or a number."),
+]
 
 
 class Hyperparameters(Strict):
@@ -126,6 +140,8 @@ class CreateJob(Strict):
     ) = None
     integrations: list[Any] | None = None
     lora: Lora = Lora()
+    search: Any = None
+    """Refused (an extension to come)."""
 
     @field_validator("suffix")
     @classmethod
@@ -154,29 +170,22 @@ class CreateJob(Strict):
                 "integrations are not supported; the operator sets `log.to` for all jobs",
             )
 
-    @model_validator(mode="before")
+    @field_validator("search")
     @classmethod
-    def _refused(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        if value.get("search") is not None:
+    def _not_yet(cls, value: Any) -> None:
+        if value is not None:
             raise PydanticCustomError(
-                "unsupported_value",
-                "search: a search over HTTP is not supported yet; use `loray search`",
+                "unsupported_value", "a search over HTTP is not supported yet; use `loray search`"
             )
-        return {name: item for name, item in value.items() if name != "search"}
 
-    @model_validator(mode="after")
-    def _consistent(self) -> "CreateJob":
-        if self.hyperparameters is not None and self.method is not None:
+    @field_validator("hyperparameters")
+    @classmethod
+    def _one_way(cls, value: T, info: ValidationInfo) -> T:
+        if value is not None and info.data.get("method") is not None:
             raise PydanticCustomError(
                 "invalid_value", "give method or hyperparameters (deprecated), not both"
             )
-        try:
-            hyperparameters.check(self.kind, self.asked)
-        except ConfigError as error:
-            raise PydanticCustomError("invalid_value", "{why}", {"why": str(error)}) from None
-        return self
+        return value
 
     @property
     def kind(self) -> Literal["supervised", "dpo"]:

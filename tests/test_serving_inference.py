@@ -43,17 +43,6 @@ def ids_of(running: Running, text: str) -> list[int]:
     return running.replica.service.base.tokenizer(text).input_ids
 
 
-def test_models_are_listed_retrieved_and_described(running: Running, base: str) -> None:
-    names = [model.id for model in running.client.models.list()]
-    assert names == [base, "team/first:v1"]
-    one = running.client.models.retrieve("team/first:v1")
-    assert (one.object, one.model_extra["parent"]) == ("model", base)  # pyright: ignore
-    with pytest.raises(openai.NotFoundError) as raised:
-        running.client.models.retrieve("nobody")
-    assert raised.value.code == "model_not_found"
-    assert raised.value.request_id
-
-
 def test_a_chat_is_answered_whole_and_in_pieces_alike(running: Running, base: str) -> None:
     texts: dict[str, str] = {}
     for model in (base, "team/first:v1"):
