@@ -21,7 +21,7 @@ from cluster.registry import cards, leases
 from cluster.registry.cards import Card
 from cluster.registry.database import Database
 from cluster.registry.tables import Job, JobCheckpoint, Model
-from serving import job_files, job_recipe, turns
+from serving import job_files, job_recipe, problems, turns
 from serving.job_book import Line, model_name, tell
 from serving.job_files import Fate
 from serving.job_kind import kind_of
@@ -334,8 +334,9 @@ class Dispatcher:
 
     def _fail(self, session: Session, job: Job, fate: Fate) -> None:
         job.status, job.finished_at, job.estimated_finish = "failed", self.clock(), None
-        job.error = {"code": fate.code, "message": fate.message, "param": fate.param}
-        line = Line(message=f"The job failed: {fate.message}", level="error")
+        message = problems.without_paths(fate.message)  # the run's own events keep them
+        job.error = {"code": fate.code, "message": message, "param": fate.param}
+        line = Line(message=f"The job failed: {message}", level="error")
         tell(session, job, self.clock(), line)
         job_recipe.drop_files(self.tuning, job)
         self.on_end(session, job)

@@ -74,7 +74,8 @@ class JobBook:
         """
         if body.model != self._base:
             raise ApiError(
-                f"The model `{body.model[:80]}` cannot be fine-tuned here; allowed: {self._base}",
+                f"The model `{body.model[:80]}` does not exist or you do not have access to it. "
+                f"The one that is fine-tuned here: {self._base}",
                 status=404,
                 code="model_not_found",
                 param="model",

@@ -8,6 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from cluster.registry.tables import Job, JobCheckpoint, JobEvent, Model
+from serving import problems
 from serving.job_book import Line, model_name, tell
 from training import checkpoint
 from training.events import Event, EventReader
@@ -41,7 +42,8 @@ def apply(
         elif event.kind == "checkpoint":
             _checkpoint(session, job, event, run_dir, organization)
         elif event.kind == "warning":
-            line = Line(message=event.text("message"), level="warn", at=event.time_s)
+            told = problems.without_paths(event.text("message"))
+            line = Line(message=told, level="warn", at=event.time_s)
             tell(session, job, now, line)
 
 

@@ -8,12 +8,12 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on only
 
 from cluster.errors import ConfigError
-from serving.schema import Strict
+from serving.schema import Strict, T
 from training import hyperparameters
 from tune_spaces import config as search_config
 from tune_spaces.config import SearchConfig
@@ -34,7 +34,21 @@ Status = Literal[
 ]
 
 
-Number = Annotated[float | int | Literal["auto"] | None, Field(description="`auto` or a number.")]
+def _in_range(value: object, info: ValidationInfo) -> object:
+    name = str(info.field_name)
+    try:
+        hyperparameters.check("dpo", {name: value})  # which has the others', too
+    except ConfigError as error:
+        why = f"allowed: {str(error).partition('allowed: ')[2]}"
+        raise PydanticCustomError("invalid_value", "{why}", {"why": why}) from None
+    return value
+
+
+Number = Annotated[
+    float | int | Literal["auto"] | None,
+    BeforeValidator(_in_range),
+    Field(description="`auto` or a number."),
+]
 
 
 class Hyperparameters(Strict):
@@ -234,43 +248,24 @@ class CreateJob(Strict):
                 "integrations are not supported; the operator sets `log.to` for all jobs",
             )
 
-    @model_validator(mode="after")
-    def _consistent(self) -> "CreateJob":
-        if self.hyperparameters is not None and self.method is not None:
+    @field_validator("hyperparameters")
+    @classmethod
+    def _one_way(cls, value: T, info: ValidationInfo) -> T:
+        if value is not None and info.data.get("method") is not None:
             raise PydanticCustomError(
                 "invalid_value", "give method or hyperparameters (deprecated), not both"
             )
-        try:
-            hyperparameters.check(self.kind, self.asked)
-        except ConfigError as error:
-            raise PydanticCustomError("invalid_value", "{why}", {"why": str(error)}) from None
-        why = self.search and self._cannot_search(self.search)
+        return value
+
+    @field_validator("search")
+    @classmethod
+    def _goes_with_the_rest(
+        cls, value: SearchOptions | None, info: ValidationInfo
+    ) -> SearchOptions | None:
+        why = value and _why_not(value, info.data)
         if why:
             raise PydanticCustomError("invalid_value", "{why}", {"why": why})
-        return self
-
-    def _cannot_search(self, search: SearchOptions) -> str | None:
-        """Why the search does not go with the rest of the request."""
-        if self.kind == "dpo":
-            return "search: a search is supervised; leave it out, or method.type dpo"
-        if search.metric != "train_loss" and self.validation_file is None:
-            return (
-                f"search.metric is {search.metric}, which needs held-out examples; give "
-                "validation_file, or search.metric: train_loss"
-            )
-        varied = search.varied()
-        fixed = {f"lora.{name}": f"lora.{name}" for name in self.lora.model_fields_set}
-        for name, path in (
-            ("batch_size", _BATCH_SIZE),
-            ("learning_rate_multiplier", LEARNING_RATE),
-            ("learning_rate_multiplier", AT_RANK_16),
-        ):
-            if self.asked.get(name, "auto") != "auto":
-                fixed[path] = f"hyperparameters.{name}"
-        both = sorted(given for path, given in fixed.items() if path in varied)
-        if both:
-            return f"{both[0]} is given, and search.space varies it; leave one of them out"
-        return None
+        return value
 
     @property
     def kind(self) -> Literal["supervised", "dpo"]:
@@ -280,10 +275,38 @@ class CreateJob(Strict):
     @property
     def asked(self) -> dict[str, float | str]:
         """The hyperparameters that were given."""
-        if self.method is None:
-            return {} if self.hyperparameters is None else self.hyperparameters.given()
-        settings = self.method.supervised or self.method.dpo
-        return {} if settings is None else settings.hyperparameters.given()
+        return _asked(self.method, self.hyperparameters)
+
+
+def _asked(method: Method | None, older: Hyperparameters | None) -> dict[str, float | str]:
+    if method is None:
+        return {} if older is None else older.given()
+    settings = method.supervised or method.dpo
+    return {} if settings is None else settings.hyperparameters.given()
+
+
+def _why_not(search: SearchOptions, rest: Mapping[str, Any]) -> str | None:
+    """Why a search does not go with the rest of a request; what is wrong in itself is left out."""
+    method: Method | None = rest.get("method")
+    if method is not None and method.type == "dpo":
+        return "a search is supervised; leave it out, or method.type dpo"
+    if search.metric != "train_loss" and rest.get("validation_file") is None:
+        return (
+            f"its metric is {search.metric}, which needs held-out examples; give validation_file, "
+            "or the metric train_loss"
+        )
+    lora: Lora | None = rest.get("lora")
+    fixed = {f"lora.{name}": f"lora.{name}" for name in (lora.model_fields_set if lora else ())}
+    asked = _asked(method, rest.get("hyperparameters"))
+    for name, path in (
+        ("batch_size", _BATCH_SIZE),
+        ("learning_rate_multiplier", LEARNING_RATE),
+        ("learning_rate_multiplier", AT_RANK_16),
+    ):
+        if asked.get(name, "auto") != "auto":
+            fixed[path] = f"hyperparameters.{name}"
+    both = sorted(fixed[path] for path in search.varied() & fixed.keys())
+    return f"{both[0]} is given, and space varies it; leave one of them out" if both else None
 
 
 class JobError(TypedDict):

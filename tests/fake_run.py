@@ -27,16 +27,24 @@ def main(recipe: dict, adapter: Path, step_s: float) -> int:
         if not Path(recipe["data"]["train"]).exists():
             events.write("failed", code="invalid_training_file", message="no file")
             return 1
+        if not adapter.exists():
+            events.write("failed", code="storage_error", message=f"{adapter}: no such directory")
+            return 1
         step = done
         events.write("started", from_step=done, num_steps=STEPS, attempt=1)
+        if recipe["data"].get("eval"):
+            events.write("warning", message=f"{recipe['data']['train']}:3 is cut")
         for step in range(done + 1, STEPS + 1):
             time.sleep(step_s)
             loss = 2.0 / step
-            events.write("step", step=step, num_steps=STEPS, loss=loss, lr=1e-3, step_s=step_s)
+            events.write(
+                "step", step=step, num_steps=STEPS, loss=loss, lr=1e-3, step_s=step_s,
+                train_mean_token_accuracy=0.5,
+            )  # fmt: skip
             is_asked = stop.exists()
             if step % EVERY == 0 or is_asked:
                 if recipe["data"].get("eval"):
-                    events.write("eval", step=step, loss=loss + 0.1)
+                    events.write("eval", step=step, loss=loss + 0.1, valid_mean_token_accuracy=0.25)
                 publish(adapter, run_dir / "adapters" / f"step-{step:06d}")
                 storage.write_file(place, str(step).encode())
                 events.write("checkpoint", step=step)

@@ -9,7 +9,23 @@ from pathlib import Path
 import psutil
 from processes import ROOT
 
+from cluster import storage
 from serving.runner import Room, RunState
+
+
+def make_result(directory: Path, base: Path) -> Path:
+    """A ready-made adapter with its manifest, as a run leaves it."""
+    from test_training_adapter import make_adapter  # torch, which dispatchers need not
+
+    bare = make_adapter(directory / "bare", base, seed=3)
+
+    def write(target: Path) -> None:
+        for path in bare.iterdir():
+            if path.suffix != ".md":
+                (target / path.name).write_bytes(path.read_bytes())
+
+    storage.commit(directory / "adapter", write, attempt="1")
+    return directory / "adapter"
 
 
 class ProcessRuns:

@@ -1,7 +1,6 @@
 """A lost registry made anew from storage: models that jobs have left, proved by their manifests.
 
-What is not covered: keys, files, jobs and aliases, which are nowhere else; and that a model was
-deleted, for its files are still there. Whoever wants it gone removes the run's directory.
+What is not covered: keys, files, jobs and aliases, which are nowhere else.
 """
 
 import time
@@ -29,6 +28,8 @@ class Report:
     """Names of models that the registry did not know."""
     num_known: int
     """Those that it knew, which stay as they are, deleted ones too."""
+    num_deleted: int
+    """Those that it did not know and that were deleted before it was lost."""
     broken: tuple[str, ...]
     """What was left out, and why."""
 
@@ -47,7 +48,7 @@ def rebuild(
     """
     added: list[str] = []
     broken: list[str] = []
-    num_known = 0
+    num_known = num_deleted = 0
     for run_dir in _runs(directory):
         try:
             card = cards.read(run_dir)
@@ -61,6 +62,9 @@ def rebuild(
             if _is_known(database, name):
                 num_known += 1
                 continue
+            if cards.is_deleted(path):
+                num_deleted += 1
+                continue
             try:
                 storage.verify(path)
             except StorageError as error:
@@ -70,7 +74,9 @@ def rebuild(
                 added.append(name)
             else:
                 num_known += 1
-    return Report(added=tuple(added), num_known=num_known, broken=tuple(broken))
+    return Report(
+        added=tuple(added), num_known=num_known, num_deleted=num_deleted, broken=tuple(broken)
+    )
 
 
 def _runs(directory: Path) -> list[Path]:
