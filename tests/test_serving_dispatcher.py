@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import chaos
@@ -19,7 +18,7 @@ from sqlalchemy import create_engine, select
 
 from cluster import storage
 from cluster.errors import FencedError, RegistryError
-from cluster.registry import cards, database, leases
+from cluster.registry import cards, leases
 from cluster.registry.database import Database
 from cluster.registry.tables import ApiKey, Job, JobCheckpoint, JobEvent, Model
 from serving.access import Caller
@@ -71,13 +70,6 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Database]:
-    found = database.open_(database.sqlite_url(tmp_path / "registry.db"))
-    yield found
-    found.close()
-
-
 def shelf_of(opened: Database, directory: Path) -> Shelf:
     return Shelf(opened, directory / "runs", FileLimits(), time.time)
 
@@ -109,10 +101,10 @@ def dispatcher_of(
 
 
 def test_200_jobs_of_five_keys_take_turns_and_lists_stay_quick(
-    tmp_path: Path, opened: Database, adapter: Path
+    tmp_path: Path, registry: Database, adapter: Path
 ) -> None:
-    shelf = shelf_of(opened, tmp_path)
-    book, file = book_of(opened, shelf), file_of(shelf)
+    shelf = shelf_of(registry, tmp_path)
+    book, file = book_of(registry, shelf), file_of(shelf)
     keys = [f"key{number}" for number in range(5)]
     owner: dict[str, str] = {}
     for key in keys:  # one after the other: the first is 40 jobs ahead
@@ -120,7 +112,7 @@ def test_200_jobs_of_five_keys_take_turns_and_lists_stay_quick(
             body = CreateJob(model=BASE, training_file=file, seed=number)
             owner[book.create(body, Caller(key_id=key)).id] = key
     runner = Instant(adapter)
-    dispatcher = dispatcher_of(opened, shelf, tmp_path, runner)
+    dispatcher = dispatcher_of(registry, shelf, tmp_path, runner)
     took: list[float] = []
     while len(runner.order) < 200:
         assert dispatcher.step()
@@ -133,7 +125,7 @@ def test_200_jobs_of_five_keys_take_turns_and_lists_stay_quick(
     for place in range(0, 200, 5):
         assert sorted(starts[place : place + 5]) == keys
     assert len(set(runner.order)) == 200
-    with opened.read() as session:
+    with registry.read() as session:
         jobs = session.scalars(select(Job)).all()
         assert {job.status for job in jobs} == {"succeeded"}
         assert {job.trained_tokens for job in jobs} == {7}
@@ -141,11 +133,11 @@ def test_200_jobs_of_five_keys_take_turns_and_lists_stay_quick(
 
 
 def test_a_key_runs_no_more_jobs_at_once_than_it_may_and_none_without_room(
-    tmp_path: Path, opened: Database, adapter: Path
+    tmp_path: Path, registry: Database, adapter: Path
 ) -> None:
-    shelf = shelf_of(opened, tmp_path)
-    book, file = book_of(opened, shelf), file_of(shelf)
-    with opened.write() as session:
+    shelf = shelf_of(registry, tmp_path)
+    book, file = book_of(registry, shelf), file_of(shelf)
+    with registry.write() as session:
         session.add(
             ApiKey(
                 id="few", name="few", project="default", hash="0" * 64, scopes=["tune"],
@@ -168,7 +160,7 @@ def test_a_key_runs_no_more_jobs_at_once_than_it_may_and_none_without_room(
             return "alive"
 
     runner = Endless(adapter)
-    dispatcher = dispatcher_of(opened, shelf, tmp_path, runner, jobs_at_once=6)
+    dispatcher = dispatcher_of(registry, shelf, tmp_path, runner, jobs_at_once=6)
     runner.free = {"CPU": 0.5}
     for _ in range(4):
         dispatcher.step()
@@ -176,33 +168,33 @@ def test_a_key_runs_no_more_jobs_at_once_than_it_may_and_none_without_room(
     runner.free = {"CPU": 4.0}
     for _ in range(20):
         dispatcher.step()
-    with opened.read() as session:
+    with registry.read() as session:
         running = session.scalars(select(Job.key_id).where(Job.status == "running"))
         assert Counter(running) == {"few": 1, "many": 3}
 
 
 def test_one_dispatches_at_a_time_and_an_older_one_writes_nothing(
-    tmp_path: Path, opened: Database, adapter: Path
+    tmp_path: Path, registry: Database, adapter: Path
 ) -> None:
     now = 100.0
-    assert leases.take(opened, "x", holder="a", now=now, for_s=10) == 1
-    assert leases.take(opened, "x", holder="b", now=now + 5, for_s=10) is None
-    assert leases.take(opened, "x", holder="a", now=now + 5, for_s=10) == 1
-    assert leases.take(opened, "x", holder="b", now=now + 20, for_s=10) == 2
-    with opened.write() as session, pytest.raises(FencedError):
+    assert leases.take(registry, "x", holder="a", now=now, for_s=10) == 1
+    assert leases.take(registry, "x", holder="b", now=now + 5, for_s=10) is None
+    assert leases.take(registry, "x", holder="a", now=now + 5, for_s=10) == 1
+    assert leases.take(registry, "x", holder="b", now=now + 20, for_s=10) == 2
+    with registry.write() as session, pytest.raises(FencedError):
         leases.require(session, "x", 1)
-    leases.give_back(opened, "x", 2)
-    assert leases.take(opened, "x", holder="a", now=now + 21, for_s=10) == 3
+    leases.give_back(registry, "x", 2)
+    assert leases.take(registry, "x", holder="a", now=now + 21, for_s=10) == 3
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_jobs_whose_dispatchers_and_runs_are_killed_all_end_once_and_in_order(
-    tmp_path: Path, opened: Database, adapter: Path
+    tmp_path: Path, registry: Database, adapter: Path
 ) -> None:
     """Two dispatchers; one of them, or a run, is killed every third of a second."""
-    shelf = shelf_of(opened, tmp_path)
-    book, file = book_of(opened, shelf), file_of(shelf)
+    shelf = shelf_of(registry, tmp_path)
+    book, file = book_of(registry, shelf), file_of(shelf)
     jobs = [
         book.create(CreateJob(model=BASE, training_file=file, seed=n), Caller()).id
         for n in range(50 if chaos.IS_FULL else 8)
@@ -215,12 +207,12 @@ def test_jobs_whose_dispatchers_and_runs_are_killed_all_end_once_and_in_order(
 
     def begin() -> None:
         script = str(ROOT / "tests" / "dispatcher_process.py")
-        words = [str(tmp_path), str(adapter), f"d{time.monotonic_ns()}", str(opened.engine.url)]
+        words = [str(tmp_path), str(adapter), f"d{time.monotonic_ns()}", str(registry.engine.url)]
         environment = {**os.environ, "PYTHONPATH": paths}
         living.append(subprocess.Popen([sys.executable, script, *words], env=environment))
 
     def statuses() -> Counter[str]:
-        with opened.read() as session:
+        with registry.read() as session:
             return Counter(session.scalars(select(Job.status)))
 
     deadline = time.monotonic() + 800
@@ -248,13 +240,13 @@ def test_jobs_whose_dispatchers_and_runs_are_killed_all_end_once_and_in_order(
             process.send_signal(signal.SIGKILL)
             process.wait()
     assert runs.alive() == []
-    check_all(opened, jobs, runs.started(), tmp_path)
+    check_all(registry, jobs, runs.started(), tmp_path)
     print(f"figure: {len(jobs)} jobs, {dict(kills)} killed: all succeeded once, in order")
 
 
-def check_all(opened: Database, jobs: list[str], started: list[str], directory: Path) -> None:
+def check_all(registry: Database, jobs: list[str], started: list[str], directory: Path) -> None:
     """Each job has one end, one model, one story without gaps, and steps that only go up."""
-    with opened.read() as session:
+    with registry.read() as session:
         for id in jobs:
             job = session.scalars(select(Job).where(Job.id == id)).one()
             told = select(JobEvent).where(JobEvent.job_id == id).order_by(JobEvent.place)
@@ -278,13 +270,13 @@ def check_all(opened: Database, jobs: list[str], started: list[str], directory: 
 
 
 def test_a_registry_that_is_away_for_a_moment_ends_no_job(
-    tmp_path: Path, opened: Database, adapter: Path
+    tmp_path: Path, registry: Database, adapter: Path
 ) -> None:
-    shelf = shelf_of(opened, tmp_path)
-    book, file = book_of(opened, shelf), file_of(shelf)
+    shelf = shelf_of(registry, tmp_path)
+    book, file = book_of(registry, shelf), file_of(shelf)
     job = book.create(CreateJob(model=BASE, training_file=file, seed=1), Caller())
     runner = Instant(adapter)
-    dispatcher = dispatcher_of(opened, shelf, tmp_path, runner)
+    dispatcher = dispatcher_of(registry, shelf, tmp_path, runner)
     runner.free = {"CPU": 0.0}
     dispatcher.step()
     assert book.get("default", job.id).status == "queued"

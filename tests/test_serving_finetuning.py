@@ -17,7 +17,6 @@ from test_training_adapter import make_adapter
 import loray
 from cluster import command, storage
 from cluster.errors import ConfigError
-from cluster.registry import database
 from cluster.registry.tables import Delivery
 from serving import connection
 
@@ -49,9 +48,11 @@ def runs(tmp_path: Path, adapter: Path) -> ProcessRuns:
 
 
 @pytest.fixture
-def server(tmp_path: Path, tiny_base: Path, runs: ProcessRuns) -> Iterator[Running]:
+def server(
+    tmp_path: Path, tiny_base: Path, runs: ProcessRuns, registry_url: str
+) -> Iterator[Running]:
     tuning = {"storage": str(tmp_path / "runs")}
-    with serving(tmp_path, tiny_base, tuning=tuning, runner=runs) as running:
+    with serving(tmp_path, tiny_base, tuning=tuning, runner=runs, database=registry_url) as running:
         yield running
 
 
@@ -148,11 +149,14 @@ def test_a_job_that_is_cancelled_leaves_nothing_running(server: Running, runs: P
 
 
 def test_each_job_that_ends_is_told_to_the_webhooks_once(
-    tmp_path: Path, tiny_base: Path, runs: ProcessRuns
+    tmp_path: Path, tiny_base: Path, runs: ProcessRuns, registry_url: str
 ) -> None:
-    hook = {"url": "https://hooks.example/", "secret_file": "secret"}
-    tuning = {"storage": str(tmp_path / "runs")}
-    with serving(tmp_path, tiny_base, tuning=tuning, runner=runs, webhooks=[hook]) as server:
+    sections: Any = {
+        "tuning": {"storage": str(tmp_path / "runs")},
+        "webhooks": [{"url": "https://hooks.example/", "secret_file": "secret"}],
+        "database": registry_url,
+    }
+    with serving(tmp_path, tiny_base, runner=runs, **sections) as server:
         jobs = server.client.fine_tuning.jobs
         file = upload(server.client)
         base = base_of(server)
@@ -165,10 +169,8 @@ def test_each_job_that_ends_is_told_to_the_webhooks_once(
         bad = jobs.create(model=base, training_file=short)
         for job in (one, bad):
             wait(server, job.id)
-        opened = database.open_(database.sqlite_url(tmp_path / "registry" / "registry.db"))
-        with opened.read() as session:
+        with server.database.read() as session:
             bodies = [json.loads(row.body) for row in session.scalars(select(Delivery))]
-        opened.close()
     assert {body["data"]["id"]: body["type"] for body in bodies} == {
         one.id: "fine_tuning.job.succeeded",
         queued.id: "fine_tuning.job.cancelled",
@@ -271,11 +273,12 @@ def test_a_request_that_cannot_be_is_refused_with_the_place(
 
 @pytest.fixture(scope="module")
 def shared(
-    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, module_registry_url: str
 ) -> Iterator[tuple[Running, str]]:
     """A server where no job is ever started, and a file."""
     directory = tmp_path_factory.mktemp("shared")
-    with serving(directory, tiny_base, tuning={"storage": str(directory / "runs")}) as running:
+    tuning = {"storage": str(directory / "runs")}
+    with serving(directory, tiny_base, tuning=tuning, database=module_registry_url) as running:
         yield running, upload(running.client)
 
 

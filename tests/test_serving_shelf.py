@@ -6,7 +6,7 @@ import os
 import signal
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import RegistryError
-from cluster.registry import database
 from cluster.registry.database import Database
 from cluster.registry.tables import File, Table
 from serving import incoming
@@ -57,12 +56,10 @@ class Setting:
 
 
 @pytest.fixture
-def setting(tmp_path: Path) -> Iterator[Setting]:
-    opened = database.open_(database.sqlite_url(tmp_path / "registry.db"))
+def setting(tmp_path: Path, registry: Database) -> Setting:
     clock = Clock()
-    shelf = Shelf(opened, tmp_path / "runs", LIMITS, clock)
-    yield Setting(shelf, clock, opened, tmp_path / "runs" / "files")
-    opened.close()
+    shelf = Shelf(registry, tmp_path / "runs", LIMITS, clock)
+    return Setting(shelf, clock, registry, tmp_path / "runs" / "files")
 
 
 def refused(act: Callable[[], object], status: int) -> ApiError:
