@@ -290,3 +290,100 @@ def test_a_registry_that_is_away_for_a_moment_ends_no_job(
     for _ in range(3):
         dispatcher.step()
     assert book.get("default", job.id).status == "succeeded"
+
+
+class Crashing(Instant):
+    """Runs that are lost before they begin."""
+
+    def start(self, run_job: str, recipe: Path) -> None:
+        self.order.append(run_job)
+
+
+def test_a_run_that_is_lost_rests_ever_longer_before_it_is_started_again(
+    tmp_path: Path, registry: Database, adapter: Path
+) -> None:
+    shelf = shelf_of(registry, tmp_path)
+    book, file = book_of(registry, shelf), file_of(shelf)
+    job = book.create(CreateJob(model=BASE, training_file=file, seed=1), Caller())
+    runner = Crashing(adapter)
+    now = 1000.0
+
+    def step() -> int:
+        """By a dispatcher that remembers nothing; how many runs were started."""
+        dispatcher = dispatcher_of(registry, shelf, tmp_path, runner, attempts=9)
+        dispatcher.clock = lambda: now
+        for _ in range(3):
+            assert dispatcher.step()
+        return len(runner.order)
+
+    for number, rest_s in enumerate((5, 10, 20, 40, 80, 160, 300, 300), start=1):
+        assert step() == number
+        now += rest_s - 0.5
+        assert step() == number
+        now += 0.5
+    other = book.create(CreateJob(model=BASE, training_file=file, seed=2), Caller())
+    assert step() == 10  # it did not wait for the job that rests
+    assert runner.order[-1] == f"{other.id}-1"
+    failed = book.get("default", job.id)
+    assert failed.error is not None
+    assert (failed.status, failed.error["code"]) == ("failed", "server_error")
+    assert "9 times" in failed.error["message"]
+
+
+def test_pauses_are_no_losses(tmp_path: Path, registry: Database, adapter: Path) -> None:
+    shelf = shelf_of(registry, tmp_path)
+    book, file = book_of(registry, shelf), file_of(shelf)
+    job = book.create(CreateJob(model=BASE, training_file=file, seed=1), Caller())
+
+    class Stopping(Instant):
+        """Runs that end as they are told to pause, but the fourth, which is lost."""
+
+        def start(self, run_job: str, recipe: Path) -> None:
+            self.order.append(run_job)
+            if len(self.order) == 5:
+                shutil.copytree(self._adapter, recipe.parent / "adapter")
+            if len(self.order) == 4:
+                return
+            events = EventLog(recipe.parent / "events.jsonl")
+            events.write("started", from_step=0, num_steps=1)
+            was_stopped = len(self.order) < 4
+            events.write("finished", steps=1, was_stopped=was_stopped, real_tokens=7)
+            events.close()
+
+    runner = Stopping(adapter)
+    dispatcher = dispatcher_of(registry, shelf, tmp_path, runner, attempts=2)
+    dispatcher.rest_s = 0.0
+    for _ in range(9):
+        dispatcher.step()
+    assert len(runner.order) == 5
+    assert book.get("default", job.id).status == "succeeded"
+
+
+def test_a_run_that_the_cluster_has_forgotten_is_started_again_unless_it_has_finished(
+    tmp_path: Path, registry: Database, adapter: Path
+) -> None:
+    shelf = shelf_of(registry, tmp_path)
+    book, file = book_of(registry, shelf), file_of(shelf)
+    for seed in (1, 2):
+        book.create(CreateJob(model=BASE, training_file=file, seed=seed), Caller())
+
+    class Forgetful(Instant):
+        """A cluster that was lost twice: the first time before its run began."""
+
+        def start(self, run_job: str, recipe: Path) -> None:
+            if self.order.count(run_job):
+                super().start(run_job, recipe)
+            else:
+                self.order.append(run_job)
+
+        def state(self, run_job: str) -> RunState:
+            return "unknown"
+
+    runner = Forgetful(adapter)
+    dispatcher = dispatcher_of(registry, shelf, tmp_path, runner)
+    for _ in range(6):
+        dispatcher.step()
+    first, second = (f"{job.id}-1" for job in book.list_("default", after=None, limit=9).rows[::-1])
+    assert runner.order == [first, first, second, second]
+    statuses = [job.status for job in book.list_("default", after=None, limit=9).rows]
+    assert statuses == ["succeeded", "succeeded"]
