@@ -1,26 +1,18 @@
 """The dispatcher: whose turn it is, what survives it, and that nothing happens twice."""
 
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
-import chaos
 import pytest
-from process_runs import ProcessRuns
-from processes import ROOT
 from sqlalchemy import create_engine, select
 
 from cluster import storage
 from cluster.errors import FencedError, RegistryError
-from cluster.registry import cards, leases
+from cluster.registry import leases
 from cluster.registry.database import Database
-from cluster.registry.tables import ApiKey, Job, JobCheckpoint, JobEvent, Model
+from cluster.registry.tables import ApiKey, Job
 from serving.access import Caller
 from serving.dispatcher import Dispatcher
 from serving.job_book import JobBook
@@ -185,88 +177,6 @@ def test_one_dispatches_at_a_time_and_an_older_one_writes_nothing(
         leases.require(session, "x", 1)
     leases.give_back(registry, "x", 2)
     assert leases.take(registry, "x", holder="a", now=now + 21, for_s=10) == 3
-
-
-@pytest.mark.chaos
-@pytest.mark.timeout(900)
-def test_jobs_whose_dispatchers_and_runs_are_killed_all_end_once_and_in_order(
-    tmp_path: Path, registry: Database, adapter: Path
-) -> None:
-    """Two dispatchers; one of them, or a run, is killed every third of a second."""
-    shelf = shelf_of(registry, tmp_path)
-    book, file = book_of(registry, shelf), file_of(shelf)
-    jobs = [
-        book.create(CreateJob(model=BASE, training_file=file, seed=n), Caller()).id
-        for n in range(50 if chaos.IS_FULL else 8)
-    ]
-    runs = ProcessRuns(tmp_path / "processes", adapter)
-    dice = random.Random(3)
-    kills = Counter[str]()
-    living: list[subprocess.Popen[bytes]] = []
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-
-    def begin() -> None:
-        script = str(ROOT / "tests" / "dispatcher_process.py")
-        words = [str(tmp_path), str(adapter), f"d{time.monotonic_ns()}", str(registry.engine.url)]
-        environment = {**os.environ, "PYTHONPATH": paths}
-        living.append(subprocess.Popen([sys.executable, script, *words], env=environment))
-
-    def statuses() -> Counter[str]:
-        with registry.read() as session:
-            return Counter(session.scalars(select(Job.status)))
-
-    deadline = time.monotonic() + 800
-    last = time.monotonic()
-    try:
-        while statuses()["succeeded"] < len(jobs):
-            assert time.monotonic() < deadline, statuses()
-            while len(living) < 2:
-                begin()
-            time.sleep(0.05)
-            if time.monotonic() - last < 1.0 or sum(kills.values()) >= 3 * len(jobs):
-                continue
-            last = time.monotonic()
-            alive = runs.alive()
-            if alive and dice.random() < 0.5:
-                runs.stop(dice.choice(alive))
-                kills["run"] += 1
-            elif runs.started():
-                victim = living.pop(dice.randrange(2))
-                victim.kill()
-                victim.wait()
-                kills["dispatcher"] += 1
-    finally:
-        for process in living:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-    assert runs.alive() == []
-    check_all(registry, jobs, runs.started(), tmp_path)
-    print(f"figure: {len(jobs)} jobs, {dict(kills)} killed: all succeeded once, in order")
-
-
-def check_all(registry: Database, jobs: list[str], started: list[str], directory: Path) -> None:
-    """Each job has one end, one model, one story without gaps, and steps that only go up."""
-    with registry.read() as session:
-        for id in jobs:
-            job = session.scalars(select(Job).where(Job.id == id)).one()
-            told = select(JobEvent).where(JobEvent.job_id == id).order_by(JobEvent.place)
-            events = session.scalars(told).all()
-            assert [event.place for event in events] == list(range(1, len(events) + 1))
-            steps = [event.data["step"] for event in events if event.data]
-            assert steps == [1, 2, 3, 4, 5, 6]
-            ends = [e.message for e in events if e.message.startswith("The job has")]
-            assert ends == ["The job has successfully completed"]
-            mine = [name for name in started if name.startswith(id)]
-            assert sorted(mine) == sorted(f"{id}-{n}" for n in range(1, job.attempt + 1))
-            assert job.run_job is None
-            names = session.scalars(select(Model.step).where(Model.job_id == id)).all()
-            assert sorted(names, key=lambda step: step or 99) == [2, 4, 6, None]
-            points = session.scalars(select(JobCheckpoint.step).where(JobCheckpoint.job_id == id))
-            assert sorted(points) == [2, 4, 6]
-            card = cards.read(directory / "runs" / id)
-            assert card is not None
-            assert (card.status, card.model) == ("succeeded", job.fine_tuned_model)
-            assert not (directory / "runs" / id / "training_file.jsonl").exists()
 
 
 def test_a_registry_that_is_away_for_a_moment_ends_no_job(
