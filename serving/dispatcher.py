@@ -43,6 +43,8 @@ _BATCH_BYTES = 1 << 20
 _STOP_EVERY_S = 10.0
 _PATIENCE_S = 600.0
 """For a run that is to pause; its step may be long. Then it is stopped."""
+_REST_S = 5.0
+_LONGEST_REST_S = 300.0
 _TRY_AGAIN = ("cluster_unavailable", "run_in_use", "attempt_superseded", "registry_unavailable")
 """Codes of errors that are the cluster's, not the job's."""
 
@@ -62,6 +64,8 @@ class Dispatcher:
     clock: Callable[[], float] = time.time
     lease_s: float = _LEASE_S
     """After so long without a word of it, another dispatches."""
+    rest_s: float = _REST_S
+    """Before a run that was lost is started again; twice as long each time, up to 5 minutes."""
     on_end: Callable[[Session, Job], None] = lambda session, job: None
     """Called in the transaction in which a job comes to its end."""
     _token: int = 0
@@ -157,7 +161,8 @@ class Dispatcher:
     def _start_next(self) -> None:
         """Start the job whose turn it is, where there is room."""
         with self.database.read() as session:
-            chosen = turns.next_of(session, at_once=self.tuning.jobs_at_once)
+            at_once = self.tuning.jobs_at_once
+            chosen = turns.next_of(session, at_once=at_once, now=self.clock())
         if chosen is not None:
             self._each(chosen, self._start)
 
@@ -200,7 +205,9 @@ class Dispatcher:
         directory = job_recipe.run_dir(self.tuning, seen)
         state = self.runner.state(seen.run_job)  # before its events: the last ones are seen, too
         if state == "unknown":
-            if seen.wanted == "run" and seen.status in ("queued", "running"):
+            is_wanted = seen.wanted == "run" and seen.status in ("queued", "running")
+            # A cluster that was lost has forgotten runs that had come to their end, too.
+            if is_wanted and kind_of(seen).ending(directory)[0] != "finished":
                 self.runner.start(seen.run_job, job_recipe.words(self.tuning, seen))
                 return
             state = "ended"
@@ -254,7 +261,7 @@ class Dispatcher:
                 self._write_card(seen)
             return
         if wants_result:
-            result = self.shelf.put(seen.project, f"{seen.id}.csv", "fine-tune-results", content).id
+            result = self._put_results(seen, content)
         with self.database.write() as session:
             job = self._locked(session, seen)
             if job is None:
@@ -263,6 +270,12 @@ class Dispatcher:
         self._write_card(seen)
         for book in (self._asked, self._pausing):
             book.pop(seen.run_job or "", None)
+
+    def _put_results(self, job: Job, content: bytes) -> str:
+        """The id of a job's results file, which is one, however often this is tried."""
+        id_ = f"file-{job.id.removeprefix('ftjob-')}"
+        name = f"{job.id}.csv"
+        return self.shelf.put(job.project, name, "fine-tune-results", content, id=id_).id
 
     def _conclude(
         self,
@@ -286,14 +299,23 @@ class Dispatcher:
             self._fail(
                 session, job, Fate(code=last.text("code"), message=last.text("message")[:4000])
             )
-        elif job.attempt >= self.tuning.attempts and how != "stopped":
-            message = f"The run was lost {job.attempt} times; see the cluster's logs."
-            self._fail(session, job, Fate(code="server_error", message=message))
-        else:
-            if how != "stopped" and job.status == "running":
-                message = "The run was lost; it goes on from its last checkpoint"
-                tell(session, job, self.clock(), Line(message=message, level="warn"))
+        elif how == "stopped":
             job.status, job.estimated_finish = "queued", None
+        else:
+            self._lose(session, job)
+
+    def _lose(self, session: Session, job: Job) -> None:
+        """Have a run that was lost be started again, after a rest, or end its job."""
+        job.losses += 1
+        if job.losses >= self.tuning.attempts:
+            message = f"The run was lost {job.losses} times; see the cluster's logs."
+            self._fail(session, job, Fate(code="server_error", message=message))
+            return
+        if job.status == "running":
+            message = "The run was lost; it goes on from its last checkpoint"
+            tell(session, job, self.clock(), Line(message=message, level="warn"))
+        rest_s = min(self.rest_s * 2 ** (job.losses - 1), _LONGEST_REST_S)
+        job.status, job.start_after, job.estimated_finish = "queued", self.clock() + rest_s, None
 
     def _succeed(
         self, session: Session, job: Job, last: Event, result: str, directory: Path

@@ -235,6 +235,7 @@ class JobBook:
             status="validating_files",
             wanted="run",
             attempt=0,
+            losses=0,
             run_job=None,
             events_offset=0,
             last_step=0,

@@ -34,13 +34,17 @@ def apply(
         if job.status in ("cancelled", "failed", "succeeded"):
             return
         if event.kind == "started":
+            # A run that was killed between a checkpoint and its event goes on from it.
+            step = int(event.number("from_step"))
+            _checkpoint(session, job, event, step, run_dir, organization)
             _started(session, job, event, now)
         elif event.kind == "step":
             _step(session, job, event)
         elif event.kind == "eval":
             _eval(session, job, event)
         elif event.kind == "checkpoint":
-            _checkpoint(session, job, event, run_dir, organization)
+            step = int(event.number("step"))
+            _checkpoint(session, job, event, step, run_dir, organization)
         elif event.kind == "warning":
             told = problems.without_paths(event.text("message"))
             line = Line(message=told, level="warn", at=event.time_s)
@@ -127,8 +131,9 @@ def _eval(session: Session, job: Job, event: Event) -> None:
     tell(session, job, event.time_s, Line(message=message, data=data, at=event.time_s))
 
 
-def _checkpoint(session: Session, job: Job, event: Event, run_dir: Path, organization: str) -> None:
-    step = int(event.number("step"))
+def _checkpoint(
+    session: Session, job: Job, event: Event, step: int, run_dir: Path, organization: str
+) -> None:
     path = checkpoint.adapter_directory(run_dir, step)
     made = select(JobCheckpoint).where(JobCheckpoint.job_id == job.id, JobCheckpoint.step == step)
     if session.scalar(made) is not None or not path.is_dir():

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from cluster import storage
@@ -103,15 +104,19 @@ class Shelf:
             max_line_bytes=self.limits.max_line_bytes,
         )
 
-    def keep(self, upload: Incoming, label: Label) -> File:
-        """Make a whole upload a file. Raises ApiError: 400 beyond the project's share, 500, 507."""
-        id_ = f"file-{secrets.token_hex(12)}"
+    def keep(self, upload: Incoming, label: Label, *, id: str | None = None) -> File:
+        """Make a whole upload a file. id: None makes one.
+
+        Raises ApiError: 400 beyond the project's share, 500, 507; IntegrityError for an id that is
+        there.
+        """
+        stem = f"file-{secrets.token_hex(12)}"
         is_training = label.purpose == "fine-tune"
-        name = f"{id_}.jsonl" if is_training else id_  # by which readers of data know the format
+        name = f"{stem}.jsonl" if is_training else stem  # by which readers of data know the format
         upload.rename(name)
         now = self._clock()
         row = File(
-            id=id_,
+            id=id or stem,
             project=label.project,
             key_id=label.key_id or None,
             filename=label.filename,
@@ -138,15 +143,25 @@ class Shelf:
             raise
         return row
 
-    def put(self, project: str, filename: str, purpose: Purpose, content: bytes) -> File:
-        """Store a file of the service's own, such as a job's results.
+    def put(
+        self, project: str, filename: str, purpose: Purpose, content: bytes, *, id: str
+    ) -> File:
+        """Store a file of the service's own, such as a job's results; one for an id, the first.
 
         Results are stored also where the project has used up its share. Raises ApiError (413, 507).
         """
+        label = Label(project=project, filename=filename, purpose=purpose)
+        found = self._row(id)
+        if found is not None:
+            return found
         upload = self._open(len(content))
         try:
             upload.write(content)
-            return self.keep(upload, Label(project=project, filename=filename, purpose=purpose))
+            return self.keep(upload, label, id=id)
+        except IntegrityError:  # another was quicker
+            found = self._row(id)
+            assert found is not None
+            return found
         finally:
             upload.close()
 
@@ -219,7 +234,7 @@ class Shelf:
                 # Locked first and looked up then: its writer has ended, with a row or without.
                 is_temporary = path.name.startswith(incoming.TEMPORARY)
                 is_left = is_temporary or path.name.startswith("file-")
-                if is_ours and is_left and (is_temporary or not self._is_live(path.stem)):
+                if is_ours and is_left and (is_temporary or not self._is_live(path.name)):
                     path.unlink(missing_ok=True)
                     removed.append(path)
         if removed:
@@ -272,10 +287,15 @@ class Shelf:
             param="file",
         )
 
-    def _is_live(self, id: str) -> bool:
+    def _row(self, id: str) -> File | None:
         with self._database.read() as session:
-            found = select(File.number).where(File.id == id, File.deleted_at.is_(None))
-            return session.scalar(found) is not None
+            return session.scalar(select(File).where(File.id == id))
+
+    def _is_live(self, name: str) -> bool:
+        """Whether there is a row for bytes of this name."""
+        with self._database.read() as session:
+            is_its = (File.path == f"{FOLDER}/{name}", File.deleted_at.is_(None))
+            return session.scalar(select(File.number).where(*is_its)) is not None
 
     def _is_there(self) -> tuple[ColumnElement[bool], ...]:
         return (

@@ -19,7 +19,7 @@ class TuningConfig:
     unfinished_per_key: int = 100
     """Jobs of one key that are not at their end."""
     attempts: int = 5
-    """How often a job's run is started before a loss of its driver ends the job."""
+    """How often a job's run may be lost, which ends the job then; it rests longer each time."""
     min_examples: int = 10
     """Examples that a training file must have."""
     max_file_bytes: int = 512 << 20

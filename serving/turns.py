@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from cluster.registry.tables import ApiKey, Job
 
 
-def next_of(session: Session, *, at_once: int) -> Job | None:
+def next_of(session: Session, *, at_once: int, now: float) -> Job | None:
     """The job to start now; None where none waits or may start.
 
     One starts at a time, since what a run takes is not taken before its workers are there.
@@ -18,7 +18,8 @@ def next_of(session: Session, *, at_once: int) -> Job | None:
     if len(busy) >= at_once or any(job.status == "queued" for job in busy):
         return None
     is_waiting = (Job.status == "queued", Job.run_job.is_(None))
-    waiting = session.scalars(select(Job).where(*is_waiting).order_by(Job.number)).all()
+    has_rested = Job.start_after.is_(None) | (Job.start_after <= now)
+    waiting = session.scalars(select(Job).where(*is_waiting, has_rested).order_by(Job.number)).all()
     if not waiting:
         return None
     keys = {job.key_id for job in waiting}

@@ -55,11 +55,33 @@ def postgres() -> Iterator[postgres_room.PostgresServer]:
         yield server
 
 
+@pytest.fixture
+def own_postgres() -> Iterator[postgres_room.PostgresServer]:
+    """A PostgreSQL server that no other test uses, to be killed."""
+    found = postgres_room.binaries()
+    if found is None:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    with postgres_room.postgres_server(found) as server:
+        yield server
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def registry_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """URL of an empty database for a registry, of each kind."""
+    return _empty_database(request, tmp_path)
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def module_registry_url(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """The same, for all tests of a module."""
+    return _empty_database(request, tmp_path_factory.mktemp("registry"))
+
+
+def _empty_database(request: pytest.FixtureRequest, directory: Path) -> str:
     if request.param == "sqlite":
-        return database.sqlite_url(tmp_path / "registry.db")
+        return database.sqlite_url(directory / "registry.db")
     server: postgres_room.PostgresServer = request.getfixturevalue("postgres")
     return server.make_database()
 

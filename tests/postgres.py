@@ -4,15 +4,15 @@ import os
 import pwd
 import secrets
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 from local_cluster import free_port
 
@@ -76,9 +76,15 @@ class PostgresServer:
     def kill(self) -> None:
         """Kill it and all its children; nothing that it holds in memory is kept."""
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            # Each of them is the leader of a group of its own.
+            all_ = [parent := psutil.Process(self._process.pid), *parent.children(recursive=True)]
+            for process in all_:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
             self._process.wait(30)
             self._process = None
+            _, alive = psutil.wait_procs(all_, timeout=30)
+            assert not alive
 
     def url(self, name: str) -> str:
         """Of a database."""

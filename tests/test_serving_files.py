@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -597,10 +598,14 @@ def test_memory_stays_flat_while_a_large_file_goes_up_and_down(tmp_path: Path) -
 # Looking into files
 
 
+def new_id() -> str:
+    return f"file-{secrets.token_hex(12)}"
+
+
 def test_files_that_a_dead_server_left_are_looked_into_by_the_next(tmp_path: Path) -> None:
     opened = database.open_(database.sqlite_url(tmp_path / "registry.db"))
     shelf = Shelf(opened, tmp_path / "runs", LIMITS, time.time)
-    file = shelf.put("mine", "a.jsonl", "fine-tune", LINE * 3)
+    file = shelf.put("mine", "a.jsonl", "fine-tune", LINE * 3, id=new_id())
     half = shelf.receive("mine")
     half.write(b"half")
     half.is_kept = True  # so that closing leaves it, as a crash does
@@ -609,7 +614,7 @@ def test_files_that_a_dead_server_left_are_looked_into_by_the_next(tmp_path: Pat
     with serving(tmp_path) as running:
         done = running.client.files.wait_for_processing(file.id, poll_interval=0.02)
         assert done.status == "processed"
-        until(lambda: running.names() == [f"{file.id}.jsonl"])
+        until(lambda: running.names() == [Path(file.path).name])
 
 
 def test_a_check_that_takes_too_much_ends_and_says_so(tmp_path: Path) -> None:
@@ -619,7 +624,7 @@ def test_a_check_that_takes_too_much_ends_and_says_so(tmp_path: Path) -> None:
         (CheckLimits(time_s=0.01), "more than 0.01 s"),
         (CheckLimits(memory_bytes=16 << 20), "ended with status"),
     ):
-        file = shelf.put("mine", "a.jsonl", "fine-tune", LINE * 3)
+        file = shelf.put("mine", "a.jsonl", "fine-tune", LINE * 3, id=new_id())
         with Checking(shelf, limits=limits, look_s=0.05):
             until(lambda file=file: shelf.get("mine", file.id).status == "error")
         assert words in str(shelf.get("mine", file.id).status_details)
@@ -630,7 +635,7 @@ def test_a_server_that_stops_takes_the_check_with_it(tmp_path: Path) -> None:
     opened = database.open_(database.sqlite_url(tmp_path / "registry.db"))
     limits = FileLimits(max_file_bytes=64 << 20)
     shelf = Shelf(opened, tmp_path / "runs", limits, time.time)
-    file = shelf.put("mine", "a.jsonl", "fine-tune", LINE * 200_000)
+    file = shelf.put("mine", "a.jsonl", "fine-tune", LINE * 200_000, id=new_id())
 
     def checks() -> list[psutil.Process]:
         found = []

@@ -15,7 +15,7 @@ from sqlalchemy import select
 import loray
 from cluster import command
 from cluster.errors import ConfigError
-from cluster.registry import cards, database
+from cluster.registry import cards
 from cluster.registry.tables import Delivery
 from serving import connection
 from serving.tuning_schema import CreateJob
@@ -39,9 +39,11 @@ def runs(tmp_path: Path, adapter: Path) -> ProcessRuns:
 
 
 @pytest.fixture
-def server(tmp_path: Path, tiny_base: Path, runs: ProcessRuns) -> Iterator[Running]:
+def server(
+    tmp_path: Path, tiny_base: Path, runs: ProcessRuns, registry_url: str
+) -> Iterator[Running]:
     tuning = {"storage": str(tmp_path / "runs")}
-    with serving(tmp_path, tiny_base, tuning=tuning, runner=runs) as running:
+    with serving(tmp_path, tiny_base, tuning=tuning, runner=runs, database=registry_url) as running:
         yield running
 
 
@@ -185,11 +187,14 @@ def test_a_job_that_is_cancelled_leaves_nothing_running(server: Running, runs: P
 
 
 def test_each_job_that_ends_is_told_to_the_webhooks_once(
-    tmp_path: Path, tiny_base: Path, runs: ProcessRuns
+    tmp_path: Path, tiny_base: Path, runs: ProcessRuns, registry_url: str
 ) -> None:
-    hook = {"url": "https://hooks.example/", "secret_file": "secret"}
-    tuning = {"storage": str(tmp_path / "runs")}
-    with serving(tmp_path, tiny_base, tuning=tuning, runner=runs, webhooks=[hook]) as server:
+    sections: Any = {
+        "tuning": {"storage": str(tmp_path / "runs")},
+        "webhooks": [{"url": "https://hooks.example/", "secret_file": "secret"}],
+        "database": registry_url,
+    }
+    with serving(tmp_path, tiny_base, runner=runs, **sections) as server:
         jobs = server.client.fine_tuning.jobs
         file = upload(server.client)
         base = base_of(server)
@@ -202,10 +207,8 @@ def test_each_job_that_ends_is_told_to_the_webhooks_once(
         bad = jobs.create(model=base, training_file=short)
         for job in (one, bad):
             wait(server, job.id)
-        opened = database.open_(database.sqlite_url(tmp_path / "registry" / "registry.db"))
-        with opened.read() as session:
+        with server.database.read() as session:
             bodies = [json.loads(row.body) for row in session.scalars(select(Delivery))]
-        opened.close()
     assert {body["data"]["id"]: body["type"] for body in bodies} == {
         one.id: "fine_tuning.job.succeeded",
         queued.id: "fine_tuning.job.cancelled",
@@ -270,11 +273,12 @@ def test_a_stored_key_goes_to_no_other_server(
 
 @pytest.fixture(scope="module")
 def shared(
-    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, module_registry_url: str
 ) -> Iterator[tuple[Running, str]]:
     """A server where no job is ever started, and a file."""
     directory = tmp_path_factory.mktemp("shared")
-    with serving(directory, tiny_base, tuning={"storage": str(directory / "runs")}) as running:
+    tuning = {"storage": str(directory / "runs")}
+    with serving(directory, tiny_base, tuning=tuning, database=module_registry_url) as running:
         yield running, upload(running.client)
 
 

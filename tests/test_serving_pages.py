@@ -1,7 +1,6 @@
 """Pages: walking through them gives each row exactly once."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -27,9 +26,8 @@ def row(number: int, project: str = "mine") -> File:
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
-    path: Path = tmp_path_factory.mktemp("pages") / "registry.db"
-    opened = database.open_(database.sqlite_url(path))
+def opened(module_registry_url: str) -> Iterator[Database]:
+    opened = database.open_(module_registry_url)
     with opened.write() as session:
         for number in range(NUM_ROWS):
             session.add_all([row(number), row(number, "theirs")])

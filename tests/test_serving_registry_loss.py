@@ -2,13 +2,13 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
-from postgres import PostgresServer, binaries, postgres_server
+from postgres import PostgresServer
 from server import Running, serving
 from sqlalchemy import select
 
@@ -20,16 +20,6 @@ from serving.access import Tune
 pytestmark = pytest.mark.chaos
 
 _SOON_S = 30.0
-
-
-@pytest.fixture
-def own_postgres() -> Iterator[PostgresServer]:
-    """A server that no other test uses."""
-    found = binaries()
-    if found is None:
-        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    with postgres_server(found) as server:
-        yield server
 
 
 def ask(running: Running, key: str, method: str = "POST", path: str = "") -> requests.Response:

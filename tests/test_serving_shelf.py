@@ -6,7 +6,8 @@ import os
 import signal
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import RegistryError
-from cluster.registry import database
 from cluster.registry.database import Database
 from cluster.registry.tables import File, Table
 from serving import incoming
@@ -57,12 +57,10 @@ class Setting:
 
 
 @pytest.fixture
-def setting(tmp_path: Path) -> Iterator[Setting]:
-    opened = database.open_(database.sqlite_url(tmp_path / "registry.db"))
+def setting(tmp_path: Path, registry: Database) -> Setting:
     clock = Clock()
-    shelf = Shelf(opened, tmp_path / "runs", LIMITS, clock)
-    yield Setting(shelf, clock, opened, tmp_path / "runs" / "files")
-    opened.close()
+    shelf = Shelf(registry, tmp_path / "runs", LIMITS, clock)
+    return Setting(shelf, clock, registry, tmp_path / "runs" / "files")
 
 
 def refused(act: Callable[[], object], status: int) -> ApiError:
@@ -107,20 +105,36 @@ def test_a_file_that_was_found_bad_says_why(setting: Setting) -> None:
 
 
 def test_results_are_put_as_files(setting: Setting) -> None:
-    file = setting.shelf.put("mine", "results.csv", "fine-tune-results", b"step,loss\n")
+    file = setting.shelf.put("mine", "results.csv", "fine-tune-results", b"step\n", id="file-1")
     assert (file.status, file.purpose, file.filename) == (
         "processed", "fine-tune-results", "results.csv",
     )  # fmt: skip
-    assert setting.shelf.path(file).read_bytes() == b"step,loss\n"
-    refused(lambda: setting.shelf.put("mine", "a", "batch", bytes(1001)), 413)
+    assert setting.shelf.path(file).read_bytes() == b"step\n"
+    refused(lambda: setting.shelf.put("mine", "a", "batch", bytes(1001), id="file-2"), 413)
     assert len(setting.names()) == 1
+    setting.shelf.clean()
+    assert len(setting.names()) == 1
+
+
+def test_results_that_are_put_again_are_there_once(setting: Setting) -> None:
+    barrier = threading.Barrier(4)
+
+    def put(_: int) -> str:
+        barrier.wait()
+        return setting.shelf.put("mine", "a.csv", "fine-tune-results", b"step\n", id="file-1").id
+
+    with ThreadPoolExecutor(4) as pool:  # dispatchers that were slow to notice that they are not
+        assert set(pool.map(put, range(4))) == {"file-1"}
+    assert [file.id for file in setting.shelf.list_("mine").rows] == ["file-1"]
+    assert len(setting.names()) == 1
+    assert setting.shelf.path(setting.shelf.get("mine", "file-1")).read_bytes() == b"step\n"
 
 
 def test_results_are_stored_also_where_the_share_is_used_up(setting: Setting) -> None:
     for _ in range(2):
         setting.add(bytes(1000), purpose="batch")
     refused(lambda: setting.add(bytes(501), purpose="batch"), 400)
-    assert setting.shelf.put("mine", "results.csv", "fine-tune-results", bytes(1000)).bytes == 1000
+    setting.shelf.put("mine", "results.csv", "fine-tune-results", bytes(1000), id="file-1")
     refused(lambda: setting.shelf.receive("mine"), 400)
 
 

@@ -1,6 +1,7 @@
 """The loop: exact whatever the batches look like, resumable, and loud when something breaks."""
 
 import json
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -444,6 +445,21 @@ def test_old_checkpoints_are_pruned_and_two_are_kept(tmp_path: Path, tiny_base: 
     train(recipe)
     names = sorted(p.name for p in (run_dir_of(recipe) / "checkpoints").iterdir())
     assert names == ["step-000008", "step-000010"]
+
+
+def test_every_checkpoints_adapter_is_kept_also_where_the_run_was_killed_before_it_was(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    kept = {"every_steps": 2, "keep_adapters": True}
+    recipe = make_recipe(tmp_path, tiny_base, optim={"max_steps": 6}, checkpoint=kept)
+    train(recipe)
+    folder = run_dir_of(recipe) / "adapters"
+    assert sorted(p.name for p in folder.iterdir()) == ["step-000002", "step-000004", "step-000006"]
+    shutil.rmtree(folder / "step-000006")
+    (run_dir_of(recipe) / "events.jsonl").unlink()
+    train(recipe)
+    assert events_of(recipe, "started")[-1].number("from_step") == 6
+    assert checkpoint.is_export_of(folder / "step-000006", checkpoint.directory(folder.parent, 6))
 
 
 def test_streaming_sees_what_a_resume_would_see(tmp_path: Path, tiny_base: Path) -> None:

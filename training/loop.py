@@ -324,6 +324,8 @@ def _restore(job: Job, seat: Seat) -> None:
         path = _same(job, int(agreed.item()) - 1)
     if path is not None:
         seat.resume_from(path)
+        if job.workers.is_first and job.recipe.checkpoint.keep_adapters:
+            _keep_adapter(job, path, seat.state.step)  # which was killed before it had
 
 
 def _latest(job: Job) -> Path | None:

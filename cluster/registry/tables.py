@@ -124,6 +124,10 @@ class Job(Table):
     """What its owner wants: run, pause or cancel."""
     attempt: Mapped[int]
     """Grows with each start of its run; part of the id of its Ray job."""
+    losses: Mapped[int]
+    """How often its run has ended without its word, or by the cluster's fault."""
+    start_after: Mapped[float | None]
+    """Its run, which was lost, is not started again before."""
     run_job: Mapped[str | None] = mapped_column(String(96))
     """Id of the Ray job that runs it now."""
     events_offset: Mapped[int] = mapped_column(BigInteger)

@@ -150,6 +150,8 @@ def upgrade() -> None:
         sa.Column("status", sa.String(length=24), nullable=False),
         sa.Column("wanted", sa.String(length=16), nullable=False),
         sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("losses", sa.Integer(), nullable=False),
+        sa.Column("start_after", sa.Double(), nullable=True),
         sa.Column("run_job", sa.String(length=96), nullable=True),
         sa.Column("events_offset", sa.BigInteger(), nullable=False),
         sa.Column("last_step", sa.Integer(), nullable=False),
