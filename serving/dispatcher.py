@@ -22,7 +22,7 @@ from cluster.registry.cards import Card
 from cluster.registry.database import Database
 from cluster.registry.tables import Job, JobCheckpoint, Model
 from serving import job_files, job_recipe, problems, turns
-from serving.job_book import Line, model_name, tell
+from serving.job_book import OVER, Line, model_name, tell
 from serving.job_files import Fate
 from serving.job_kind import kind_of
 from serving.job_progress import Ending
@@ -98,10 +98,14 @@ class Dispatcher:
                 select(Job).where(Job.status == "validating_files").order_by(Job.number)
             ).all()
             occupying = session.scalars(select(Job).where(Job.run_job.is_not(None))).all()
+            is_over = (Job.status.in_(OVER), Job.run_job.is_(None))
+            untidy = session.scalars(select(Job).where(*is_over, ~Job.is_tidy)).all()
         for job in validating:
             self._each(job, self._validate)
         for job in occupying:
             self._each(job, self._follow)
+        for job in untidy:
+            self._each(job, self._tidy)
         self._start_next()
         return True
 
@@ -289,7 +293,6 @@ class Dispatcher:
         """What becomes of a job whose run has ended."""
         job.run_job = None
         if job.status == "cancelled":
-            job_recipe.drop_files(self.tuning, job)
             self.on_end(session, job)
         elif how == "finished" and last is not None and result is not None:
             self._succeed(session, job, last, result, directory)
@@ -345,7 +348,6 @@ class Dispatcher:
             Line(message=f"New fine-tuned model created: {name}"),
             Line(message="The job has successfully completed"),
         )
-        job_recipe.drop_files(self.tuning, job)
         self.on_end(session, job)
 
     def _end_badly(self, seen: Job, fate: Fate) -> None:
@@ -360,8 +362,15 @@ class Dispatcher:
         job.error = {"code": fate.code, "message": message, "param": fate.param}
         line = Line(message=f"The job failed: {message}", level="error")
         tell(session, job, self.clock(), line)
-        job_recipe.drop_files(self.tuning, job)
         self.on_end(session, job)
+
+    def _tidy(self, seen: Job) -> None:
+        """Give back what only a job that may go on has use for."""
+        job_recipe.tidy(self.tuning, seen)
+        with self.database.write() as session:
+            job = self._locked(session, seen)
+            if job is not None:
+                job.is_tidy = True
 
     def _write_card(self, seen: Job) -> None:
         """So that a lost registry can be made anew."""

@@ -25,6 +25,7 @@ from serving.tuning_schema import CreateJob
 
 Level = Literal["info", "warn", "error"]
 UNFINISHED = ("validating_files", "queued", "running", "paused")
+OVER = ("succeeded", "failed", "cancelled")
 _TWICE_S = 60.0
 """The same request within so long is the same job."""
 _KEY_S = 86400.0

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from cluster.registry.tables import Job, JobCheckpoint, JobEvent, Model
 from serving import problems
-from serving.job_book import Line, model_name, tell
+from serving.job_book import OVER, Line, model_name, tell
 from training import checkpoint
 from training.events import Event, EventReader
 
@@ -31,7 +31,7 @@ def apply(
 ) -> None:
     """Go on with a job by the events of its run, in a transaction that holds the job's row."""
     for event in events:
-        if job.status in ("cancelled", "failed", "succeeded"):
+        if job.status in OVER:
             return
         if event.kind == "started":
             # A run that was killed between a checkpoint and its event goes on from it.

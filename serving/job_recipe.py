@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ def write(tuning: TuningConfig, job: Job, plan: Plan, files: Mapping[str, Path])
     """Write the file of a job's plan, and take hold of its files.
 
     files: paths by `training_file` and `validation_file`. The run reads links of its own, so that
-    what is deleted while it trains does not end it; they go with `drop_files`. Raises DataError
+    what is deleted while it trains does not end it; they go with `tidy`. Raises DataError
     where a file is gone.
     """
     directory = run_dir(tuning, job)
@@ -71,10 +72,13 @@ def write(tuning: TuningConfig, job: Job, plan: Plan, files: Mapping[str, Path])
     storage.write_file(directory / _FILE, json.dumps(plan.tree, indent=1).encode())
 
 
-def drop_files(tuning: TuningConfig, job: Job) -> None:
-    """Give back the files of a job that is at its end."""
+def tidy(tuning: TuningConfig, job: Job) -> None:
+    """Give back what a job at its end has held: its files, and what it would have gone on from."""
     for param in job_files.PARAMS:
         _link(tuning, job, param).unlink(missing_ok=True)
+    directory = run_dir(tuning, job)
+    for path in (directory / "checkpoints", directory / "trials", *directory.glob("tune-*")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def plan_of(tuning: TuningConfig, model: ModelConfig, job: Job) -> Plan:

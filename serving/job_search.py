@@ -10,8 +10,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from cluster.registry.tables import Job, JobEvent
-from serving import job_progress
-from serving.job_book import Line, tell
+from serving import job_progress, problems
+from serving.job_book import OVER, Line, tell
 from serving.job_progress import Ending
 from training.events import Event
 from training.hyperparameters import LEARNING_RATE
@@ -33,7 +33,7 @@ def apply(
 ) -> None:
     """Go on with a job by the events of its search, in a transaction that holds the job's row."""
     for event in events:
-        if job.status in ("cancelled", "failed", "succeeded"):
+        if job.status in OVER:
             return
         if event.kind == "started":
             _started(session, job, event, now)
@@ -43,7 +43,7 @@ def apply(
             is_failure = event.kind == "trial_failed"
             what = "failed" if is_failure else "was stopped"
             why = event.text("message" if is_failure else "reason")
-            message = f"Trial {event.text('trial')} {what}: {why}"
+            message = f"Trial {event.text('trial')} {what}: {problems.without_paths(why)}"
             level = "warn" if is_failure else "info"
             tell(session, job, now, Line(message=message, level=level, at=event.time_s))
 

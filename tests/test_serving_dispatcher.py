@@ -39,7 +39,7 @@ class Instant:
     def start(self, run_job: str, words: Sequence[str]) -> None:
         self.order.append(run_job)
         recipe = Path(words[1])
-        events = EventLog(recipe.parent / "events.jsonl")
+        events = EventLog(Path(words[1]).parent / "events.jsonl")
         events.write("started", from_step=0, num_steps=1)
         events.write("step", step=1, num_steps=1, loss=1.0, step_s=0.1)
         shutil.copytree(self._adapter, recipe.parent / "adapter")
@@ -207,7 +207,7 @@ def test_a_registry_that_is_away_for_a_moment_ends_no_job(
 class Crashing(Instant):
     """Runs that are lost before they begin."""
 
-    def start(self, run_job: str, recipe: Path) -> None:
+    def start(self, run_job: str, words: Sequence[str]) -> None:
         self.order.append(run_job)
 
 
@@ -250,13 +250,13 @@ def test_pauses_are_no_losses(tmp_path: Path, registry: Database, adapter: Path)
     class Stopping(Instant):
         """Runs that end as they are told to pause, but the fourth, which is lost."""
 
-        def start(self, run_job: str, recipe: Path) -> None:
+        def start(self, run_job: str, words: Sequence[str]) -> None:
             self.order.append(run_job)
             if len(self.order) == 5:
-                shutil.copytree(self._adapter, recipe.parent / "adapter")
+                shutil.copytree(self._adapter, Path(words[1]).parent / "adapter")
             if len(self.order) == 4:
                 return
-            events = EventLog(recipe.parent / "events.jsonl")
+            events = EventLog(Path(words[1]).parent / "events.jsonl")
             events.write("started", from_step=0, num_steps=1)
             was_stopped = len(self.order) < 4
             events.write("finished", steps=1, was_stopped=was_stopped, real_tokens=7)
@@ -282,9 +282,9 @@ def test_a_run_that_the_cluster_has_forgotten_is_started_again_unless_it_has_fin
     class Forgetful(Instant):
         """A cluster that was lost twice: the first time before its run began."""
 
-        def start(self, run_job: str, recipe: Path) -> None:
+        def start(self, run_job: str, words: Sequence[str]) -> None:
             if self.order.count(run_job):
-                super().start(run_job, recipe)
+                super().start(run_job, words)
             else:
                 self.order.append(run_job)
 

@@ -141,6 +141,8 @@ class Job(Table):
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     fine_tuned_model: Mapped[str | None] = mapped_column(String(512))
     result_files: Mapped[list[str]]
+    is_tidy: Mapped[bool] = mapped_column(default=False)
+    """Whether what only a job that may go on has use for is gone from its directory."""
     winner: Mapped[dict[str, Any] | None]
     """Of a job that is a search: {trial, params, metric, value, base_value, trials}."""
     error: Mapped[dict[str, Any] | None]

@@ -162,6 +162,7 @@ def upgrade() -> None:
         sa.Column("trained_tokens", sa.BigInteger(), nullable=True),
         sa.Column("fine_tuned_model", sa.String(length=512), nullable=True),
         sa.Column("result_files", _JSON, nullable=False),
+        sa.Column("is_tidy", sa.Boolean(), nullable=False),
         sa.Column("winner", _JSON, nullable=True),
         sa.Column("error", _JSON, nullable=True),
         sa.PrimaryKeyConstraint("number", name=op.f("pk_jobs")),
