@@ -103,7 +103,7 @@ class Checking:
                 _log.warning("event=file_not_checked file=%s reason=%r", file.id, str(error))
                 found = Finding(examples=0, details=f"The file could not be checked: {error}.")
             self._tries.pop(file.id, None)
-            self._shelf.judge(file.id, examples=found.examples, details=found.details)
+            self._shelf.judge(file.id, found)
 
     def _ask(self, path: Path) -> Finding:
         """Raises _Failed where the process gives no answer."""

@@ -23,7 +23,7 @@ from cluster.registry.database import Database
 from cluster.registry.tables import Job, JobCheckpoint, Model
 from serving import job_files, job_recipe, problems, turns
 from serving.job_book import OVER, Line, model_name, tell
-from serving.job_files import Fate
+from serving.job_files import Fate, Usable
 from serving.job_kind import kind_of
 from serving.job_progress import Ending
 from serving.problems import ApiError
@@ -151,16 +151,17 @@ class Dispatcher:
             if bad is not None:
                 self._fail(session, job, bad)
                 return
-            kind, num_examples = job.method["type"], found[0]
-            assert isinstance(num_examples, int)
+            files = [one for one in found if isinstance(one, Usable)]
+            kind, num_examples = job.method["type"], files[0].examples
             chosen = hyperparameters.resolve(
                 kind, job.method[kind]["hyperparameters"], num_examples=num_examples
             )
             job.num_examples = num_examples
             job.method = {"type": kind, kind: {"hyperparameters": chosen.echo()}}
             job.status = "queued"
-            message = "Files validated, moving job to queued state"
-            tell(session, job, self.clock(), Line(message=message))
+            lines = [Line(message=file.warning, level="warn") for file in files if file.warning]
+            lines.append(Line(message="Files validated, moving job to queued state"))
+            tell(session, job, self.clock(), *lines)
 
     def _start_next(self) -> None:
         """Start the job whose turn it is, where there is room."""

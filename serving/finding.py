@@ -28,6 +28,8 @@ class Finding:
     """Lines that can be used."""
     details: str | None
     """The first problems, with the numbers of their lines; None: there are none."""
+    warning: str | None = None
+    """What can be trained on, but may not be meant."""
 
 
 def look_into(path: Path) -> Finding:
@@ -40,7 +42,8 @@ def look_into(path: Path) -> Finding:
     except DataError as error:
         return Finding(examples=0, details=str(error)[:_MAX_DETAILS_CHARS])
     if found.is_ok:
-        return Finding(examples=found.examples, details=None)
+        warning = "; ".join(found.warnings)[:_MAX_DETAILS_CHARS] or None
+        return Finding(examples=found.examples, details=None, warning=warning)
     if not found.num_problems:
         return Finding(examples=0, details="The file has no examples.")
     lines = [

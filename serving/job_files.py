@@ -21,8 +21,17 @@ class Fate:
     param: str | None = None
 
 
-def examine(shelf: Shelf, job: Job, param: Param, *, min_examples: int) -> int | Fate | None:
-    """The number of a file's examples, or why the job cannot use it; None: nobody has looked yet.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usable:
+    """A file that a job can use."""
+
+    examples: int
+    warning: str | None
+    """What may not be meant."""
+
+
+def examine(shelf: Shelf, job: Job, param: Param, *, min_examples: int) -> Usable | Fate | None:
+    """What a job has of a file, or why it cannot use it; None: nobody has looked yet.
 
     min_examples: of the training file.
     """
@@ -44,4 +53,5 @@ def examine(shelf: Shelf, job: Job, param: Param, *, min_examples: int) -> int |
     if number < least:
         message = f"{noun} has {number} example(s), but must have at least {least} examples"
         return Fate(code="invalid_n_examples", message=message, param=param)
-    return number
+    warning = file.status_details and f"{noun}: {file.status_details}"
+    return Usable(examples=number, warning=warning)

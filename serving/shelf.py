@@ -25,6 +25,7 @@ from cluster.errors import RegistryError, ResourceError
 from cluster.registry.database import Database
 from cluster.registry.tables import File
 from serving import incoming, pages, problems
+from serving.finding import Finding
 from serving.incoming import Incoming
 from serving.pages import Order, Page
 from serving.problems import ApiError
@@ -247,17 +248,17 @@ class Shelf:
         with self._database.read() as session:
             return session.scalars(select(File).where(*is_unchecked).order_by(File.number)).all()
 
-    def judge(self, id: str, *, examples: int, details: str | None) -> None:
-        """Write down what was found in a file. details: what is wrong with it; None: nothing."""
-        status: Status = "processed" if details is None else "error"
+    def judge(self, id: str, found: Finding) -> None:
+        """Write down what was found in a file; its details are problems, or else warnings."""
+        status: Status = "processed" if found.details is None else "error"
         with self._database.write() as session:
             session.execute(
                 update(File)
                 .where(File.id == id, File.status == "uploaded")
                 .values(
                     status=status,
-                    status_details=details,
-                    examples=examples,
+                    status_details=found.details or found.warning,
+                    examples=found.examples,
                 )
             )
 

@@ -793,7 +793,10 @@ def play(story: Story) -> None:
     """One job after another: through all states, and to every kind of end."""
     client, seen = story.client, story.seen
     jobs = client.fine_tuning.jobs.with_raw_response
-    story.files = (processed(client, *[ROW] * 12).id, processed(client, ROW).id)
+    brief = {"role": "system", "content": "Be brief."}
+    validation = processed(client, ROW, of_turns(brief, ANSWER))
+    seen["validation"] = validation.to_dict()
+    story.files = (processed(client, *[ROW] * 12).id, validation.id)
     story.speed(1)
     slow = story.create()["id"]
     until(lambda: story.now(slow)["estimated_finish"] is not None)
@@ -872,6 +875,12 @@ def test_auto_gives_way_to_what_it_comes_to(story: Story) -> None:
     }  # fmt: skip
 
 
+UNUSUAL = (
+    "1 of 2 examples have no system message, the others have one; 1 of 2 examples have no user "
+    "message"
+)
+
+
 def test_a_jobs_events_are_those_that_clients_look_for(story: Story) -> None:
     done = story.seen["succeeded"]
     raw = body_of(
@@ -892,6 +901,7 @@ def test_a_jobs_events_are_those_that_clients_look_for(story: Story) -> None:
     assert [event.message for event in events] == [
         f"Created fine-tuning job: {done['id']}",
         f"Validating training file: {training} and validation file: {validation}",
+        f"Validation file: {UNUSUAL}",
         "Files validated, moving job to queued state",
         "Fine-tuning job started",
         "training_file.jsonl:3 is cut",
@@ -899,8 +909,9 @@ def test_a_jobs_events_are_those_that_clients_look_for(story: Story) -> None:
         f"New fine-tuned model created: {done['fine_tuned_model']}",
         "The job has successfully completed",
     ]
-    assert [event.message for event in events if event.level != "info"] == [events[4].message]
-    assert events[4].level == "warn"
+    assert [n for n, event in enumerate(events) if event.level != "info"] == [2, 5]
+    assert {events[n].level for n in (2, 5)} == {"warn"}
+    assert story.seen["validation"]["status_details"] == UNUSUAL
     assert all(re.fullmatch(f"ftevent-{TAG}", event.id) for event in events)
     assert [event.created_at for event in events] == sorted(event.created_at for event in events)
     metrics = [event.data for event in events if event.type == "metrics"]

@@ -16,6 +16,7 @@ from cluster.registry.database import Database
 from cluster.registry.tables import ApiKey, Job
 from serving.access import Caller
 from serving.dispatcher import Dispatcher
+from serving.finding import Finding
 from serving.job_book import JobBook
 from serving.runner import Room, RunState
 from serving.shelf import FileLimits, Label, Shelf
@@ -77,7 +78,7 @@ def file_of(shelf: Shelf) -> str:
     upload.write(LINE * 10)
     file = shelf.keep(upload, Label(project="default", filename="a.jsonl", purpose="fine-tune"))
     upload.close()
-    shelf.judge(file.id, examples=10, details=None)
+    shelf.judge(file.id, Finding(examples=10, details=None))
     return file.id
 
 

@@ -21,6 +21,7 @@ from cluster.errors import RegistryError
 from cluster.registry.database import Database
 from cluster.registry.tables import File, Table
 from serving import incoming
+from serving.finding import Finding
 from serving.incoming import Incoming, Lines
 from serving.problems import ApiError
 from serving.shelf import FileLimits, Label, Purpose, Shelf, plain_filename
@@ -90,8 +91,8 @@ def test_only_files_for_fine_tuning_are_still_to_be_looked_into(setting: Setting
     first, other = setting.add(), setting.add(purpose="batch")
     assert (first.status, other.status) == ("uploaded", "processed")
     assert [file.id for file in setting.shelf.unchecked()] == [first.id]
-    setting.shelf.judge(first.id, examples=3, details=None)
-    setting.shelf.judge(first.id, examples=0, details="too late")
+    setting.shelf.judge(first.id, Finding(examples=3, details=None))
+    setting.shelf.judge(first.id, Finding(examples=0, details="too late"))
     found = setting.shelf.get("mine", first.id)
     assert (found.status, found.examples, found.status_details) == ("processed", 3, None)
     assert not setting.shelf.unchecked()
@@ -99,7 +100,7 @@ def test_only_files_for_fine_tuning_are_still_to_be_looked_into(setting: Setting
 
 def test_a_file_that_was_found_bad_says_why(setting: Setting) -> None:
     file = setting.add()
-    setting.shelf.judge(file.id, examples=0, details="Line 2: no messages")
+    setting.shelf.judge(file.id, Finding(examples=0, details="Line 2: no messages"))
     found = setting.shelf.get("mine", file.id)
     assert (found.status, found.status_details) == ("error", "Line 2: no messages")
 
