@@ -251,14 +251,9 @@ class Dispatcher:
             job = self._locked(session, seen)
             if job is None or job.events_offset != seen.events_offset:
                 return
-            kind.apply(
-                session,
-                job,
-                events,
-                run_dir=directory,
-                organization=self.tuning.organization,
-                now=self.clock(),
-            )
+            place = {"run_dir": directory, "organization": self.tuning.organization}
+            for event in events if job.status not in OVER else ():
+                kind.apply(session, job, event, **place, now=self.clock())
             job.events_offset += num_bytes
             content = kind.results(session, job, directory) if wants_result else b""
         if not is_over:

@@ -1,6 +1,5 @@
 """What the dispatcher asks of the two kinds of jobs: a run, and a search whose winner counts."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -24,13 +23,13 @@ class Kind(Protocol):
         self,
         session: Session,
         job: Job,
-        events: Sequence[Event],
+        event: Event,
         *,
         run_dir: Path,
         organization: str,
         now: float,
     ) -> None:
-        """Go on with a job by its events, in a transaction that holds the job's row."""
+        """Go on with a job by an event, in a transaction that holds the job's row."""
         ...
 
     def ending(self, run_dir: Path) -> tuple[Ending, Event | None]:

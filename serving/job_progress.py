@@ -1,6 +1,6 @@
 """A run's events as a job's story: what a line of events.jsonl means to who asked for the job."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from cluster.registry.tables import Job, JobCheckpoint, JobEvent, Model
 from serving import problems
-from serving.job_book import OVER, Line, model_name, tell
+from serving.job_book import Line, model_name, tell
 from training import checkpoint
 from training.events import Event, EventReader
 
@@ -23,32 +23,42 @@ Ending = Literal["finished", "stopped", "failed", "lost"]
 def apply(
     session: Session,
     job: Job,
-    events: Sequence[Event],
+    event: Event,
     *,
     run_dir: Path,
     organization: str,
     now: float,
 ) -> None:
-    """Go on with a job by the events of its run, in a transaction that holds the job's row."""
-    for event in events:
-        if job.status in OVER:
-            return
-        if event.kind == "started":
-            # A run that was killed between a checkpoint and its event goes on from it.
-            step = int(event.number("from_step"))
-            _checkpoint(session, job, event, step, run_dir, organization)
-            _started(session, job, event, now)
-        elif event.kind == "step":
-            _step(session, job, event)
-        elif event.kind == "eval":
-            _eval(session, job, event)
-        elif event.kind == "checkpoint":
-            step = int(event.number("step"))
-            _checkpoint(session, job, event, step, run_dir, organization)
-        elif event.kind == "warning":
-            told = problems.without_paths(event.text("message"))
-            line = Line(message=told, level="warn", at=event.time_s)
-            tell(session, job, now, line)
+    """Go on with a job by an event of its run, in a transaction that holds the job's row."""
+    if event.kind == "started":
+        # A run that was killed between a checkpoint and its event goes on from it.
+        step = int(event.number("from_step"))
+        _checkpoint(session, job, event, step, run_dir, organization)
+        begin(session, job, event, now, again=f"after step {step}")
+    elif event.kind == "step":
+        _step(session, job, event)
+    elif event.kind == "eval":
+        _eval(session, job, event)
+    elif event.kind == "checkpoint":
+        step = int(event.number("step"))
+        _checkpoint(session, job, event, step, run_dir, organization)
+    elif event.kind == "warning":
+        told = problems.without_paths(event.text("message"))
+        line = Line(message=told, level="warn", at=event.time_s)
+        tell(session, job, now, line)
+
+
+def begin(session: Session, job: Job, event: Event, now: float, *, again: str) -> None:
+    """Take in that a job has started. again: where it goes on, if it had before."""
+    if job.status != "queued":
+        return
+    job.status = "running"
+    message = "Fine-tuning job started"
+    if job.started_at is None:
+        job.started_at = event.time_s
+    else:
+        message = f"Fine-tuning job goes on {again}"
+    tell(session, job, now, Line(message=message, at=event.time_s))
 
 
 def ending(run_dir: Path) -> tuple[Ending, Event | None]:
@@ -84,19 +94,6 @@ def results(session: Session, job: Job, run_dir: Path) -> bytes:
 
 def _cell(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, int | float) else ""
-
-
-def _started(session: Session, job: Job, event: Event, now: float) -> None:
-    if job.status != "queued":
-        return
-    job.status = "running"
-    step = int(event.number("from_step"))
-    if job.started_at is None:
-        job.started_at = event.time_s
-        message = "Fine-tuning job started"
-    else:
-        message = f"Fine-tuning job goes on after step {step}"
-    tell(session, job, now, Line(message=message, at=event.time_s))
 
 
 def _step(session: Session, job: Job, event: Event) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from cluster.registry.tables import Job, JobEvent
 from serving import job_progress, problems
-from serving.job_book import OVER, Line, tell
+from serving.job_book import Line, tell
 from serving.job_progress import Ending
 from training.events import Event
 from training.hyperparameters import LEARNING_RATE
@@ -22,30 +22,20 @@ _TOKENS = "supervised_tokens"
 _BATCH_SIZE = "optim.global_batch_size"
 
 
-def apply(
-    session: Session,
-    job: Job,
-    events: Sequence[Event],
-    *,
-    run_dir: Path,
-    organization: str,
-    now: float,
-) -> None:
-    """Go on with a job by the events of its search, in a transaction that holds the job's row."""
-    for event in events:
-        if job.status in OVER:
-            return
-        if event.kind == "started":
-            _started(session, job, event, now)
-        elif event.kind == "result":
-            _report(session, job, event, now)
-        elif event.kind in ("stopped", "trial_failed"):
-            is_failure = event.kind == "trial_failed"
-            what = "failed" if is_failure else "was stopped"
-            why = event.text("message" if is_failure else "reason")
-            message = f"Trial {event.text('trial')} {what}: {problems.without_paths(why)}"
-            level = "warn" if is_failure else "info"
-            tell(session, job, now, Line(message=message, level=level, at=event.time_s))
+def apply(session: Session, job: Job, event: Event, *, now: float, **_: object) -> None:
+    """Go on with a job by an event of its search, in a transaction that holds the job's row."""
+    if event.kind == "started":
+        again = "after the last reports of its trials"
+        job_progress.begin(session, job, event, now, again=again)
+    elif event.kind == "result":
+        _report(session, job, event, now)
+    elif event.kind in ("stopped", "trial_failed"):
+        is_failure = event.kind == "trial_failed"
+        what = "failed" if is_failure else "was stopped"
+        why = event.text("message" if is_failure else "reason")
+        message = f"Trial {event.text('trial')} {what}: {problems.without_paths(why)}"
+        level = "warn" if is_failure else "info"
+        tell(session, job, now, Line(message=message, level=level, at=event.time_s))
 
 
 def ending(run_dir: Path) -> tuple[Ending, Event | None]:
@@ -90,18 +80,6 @@ def conclude(session: Session, job: Job, last: Event, now: float) -> None:
     if base is not None:
         message += f" (the base model: {_shown(base)})"
     tell(session, job, now, Line(message=message))
-
-
-def _started(session: Session, job: Job, event: Event, now: float) -> None:
-    if job.status != "queued":
-        return
-    job.status = "running"
-    if job.started_at is None:
-        job.started_at = event.time_s
-        message = "Fine-tuning job started"
-    else:
-        message = "Fine-tuning job goes on after the last reports of its trials"
-    tell(session, job, now, Line(message=message, at=event.time_s))
 
 
 def _report(session: Session, job: Job, event: Event, now: float) -> None:

@@ -79,8 +79,8 @@ def router(
 
     def own_aliases(caller: Caller) -> list[Rollout]:
         """The aliases that the caller may ask for; a model goes before an alias of its name."""
-        rows = aliases.of(caller.project) if aliases else []
-        return [one for one in rows if may_ask(caller, one) and one.name not in service.names()]
+        rows, names = aliases.of(caller.project) if aliases else [], service.names()
+        return [one for one in rows if may_ask(caller, one) and one.name not in names]
 
     def described_alias(one: Rollout) -> replies.ModelObject:
         return replies.alias_object(

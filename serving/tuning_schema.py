@@ -5,7 +5,7 @@ extensions (`extra_body`). What is not supported is refused by name.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
@@ -17,7 +17,7 @@ from serving.schema import Strict, T
 from training import hyperparameters
 from tune_spaces import config as search_config
 from tune_spaces.config import SearchConfig
-from tune_spaces.spaces import AT_RANK_16, LEARNING_RATE, RANK
+from tune_spaces.spaces import AT_RANK_16, LEARNING_RATE, NAMED, RANK
 
 SUFFIX = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,62}[A-Za-z0-9])?"
 _MAX_SEED = (1 << 31) - 1
@@ -29,6 +29,10 @@ _VARIABLE = (
 )  # fmt: skip
 """What a search over HTTP may vary: nothing that makes a trial longer without end."""
 _MAX_CHOICES = 64
+_DEEPEST = 4
+"""Levels of a space: field, kind, choices, a choice that is a list."""
+_MAX_VALUES = 512
+"""In all of a space: each is tried in a recipe before the request is answered."""
 Status = Literal[
     "validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"
 ]
@@ -160,6 +164,13 @@ class SearchOptions(Strict):
                     "{path} has {number} choices; allowed: up to {most}",
                     {"path": path, "number": len(choices), "most": _MAX_CHOICES},
                 )
+        number = _count(value)
+        if number > _MAX_VALUES:
+            raise PydanticCustomError(
+                "invalid_value",
+                "{number} values; allowed: up to {most}",
+                {"number": number, "most": _MAX_VALUES},
+            )
         try:
             found = search_config.parse(value).every_dimension()
         except ConfigError as error:
@@ -193,7 +204,21 @@ class SearchOptions(Strict):
 
     def varied(self) -> set[str]:
         """The fields that the space varies, as `section.field`."""
-        return {dimension.path for dimension in search_config.parse(self.space).every_dimension()}
+        if isinstance(self.space, dict):
+            return set(self.space)
+        return {dimension.path for dimension in NAMED[self.space]().every_dimension()}
+
+
+def _count(value: object, depth: int = 0) -> int:
+    """The values within a JSON value. Raises PydanticCustomError for one that is nested deeply."""
+    inner = value.values() if isinstance(value, dict) else value
+    if not isinstance(inner, Iterable) or isinstance(inner, str):
+        return 1
+    if depth == _DEEPEST:
+        raise PydanticCustomError(
+            "invalid_value", "nested too deeply; allowed: {most} levels", {"most": _DEEPEST}
+        )
+    return sum(_count(one, depth + 1) for one in inner)
 
 
 class CreateJob(Strict):

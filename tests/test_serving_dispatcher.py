@@ -39,11 +39,11 @@ class Instant:
 
     def start(self, run_job: str, words: Sequence[str]) -> None:
         self.order.append(run_job)
-        recipe = Path(words[1])
-        events = EventLog(Path(words[1]).parent / "events.jsonl")
+        run_dir = Path(words[1]).parent
+        events = EventLog(run_dir / "events.jsonl")
         events.write("started", from_step=0, num_steps=1)
         events.write("step", step=1, num_steps=1, loss=1.0, step_s=0.1)
-        shutil.copytree(self._adapter, recipe.parent / "adapter")
+        shutil.copytree(self._adapter, run_dir / "adapter")
         events.write("finished", steps=1, was_stopped=False, real_tokens=7)
         events.close()
 

@@ -148,6 +148,18 @@ def test_a_job_at_its_end_holds_only_what_is_of_use(
         ({"search": {"space": {"lora.rank": [1, 512]}}}, "256"),
         ({"search": {"space": {"lora.rank": list(range(1, 66))}}}, "65 choices"),
         ({"search": {"space": {"lora.rank": {"choices": [1] * 65}}}}, "65 choices"),
+        (
+            {
+                "search": {
+                    "space": {
+                        "lora.variant": ["lora", "rslora"],
+                        "lora.rank": {"choices": [8], "when": {"lora.variant": ["lora"] * 600}},
+                    }
+                }
+            },
+            "603 values",
+        ),
+        ({"search": {"space": {"lora.rank": json.loads("[" * 900 + "]" * 900)}}}, "too deeply"),
         ({"search": {"space": {"optim.epochs": [1, 1000]}}}, "optim.epochs cannot vary"),
         ({"search": {"space": {"model.base": ["/etc"]}}}, "model.base"),
         ({"search": {"searcher": "grid", "sampler": "gp"}}, "sampler"),

@@ -271,12 +271,13 @@ def _space_schema() -> dict[str, Any]:
 
 
 def _check(space: Space, recipe: TrainRecipe, mode: Mode) -> None:
-    """Every value by itself, and the scaled learning rate at each rank of the space."""
+    """Every value by itself, and the scaled learning rate at the space's least and largest rank."""
     dimensions = space.every_dimension()
-    ranks = [v for d in dimensions if d.path == RANK for v in d.domain.ends()]
+    ranks = [v for d in dimensions if d.path == RANK for v in d.domain.ends()] or [recipe.lora.rank]
     for dimension in dimensions:
+        scaled_at = {min(ranks), max(ranks)} if dimension.path == AT_RANK_16 else ranks[:1]
         for value in dimension.domain.ends():
-            for rank in ranks or [recipe.lora.rank]:
+            for rank in scaled_at:
                 spaces.recipe_for(
                     recipe,
                     {RANK: rank, dimension.path: value},
