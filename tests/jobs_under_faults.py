@@ -100,12 +100,15 @@ class Owner:
 class Lookers:
     """Who lists jobs all the time, without retries."""
 
-    def __init__(self, url: str, *, enter: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, url: str, *, period_s: float = 0.05, enter: Callable[[], None] = lambda: None
+    ) -> None:
         self.answers = Counter[int]()
         """How often each status came; 0: the connection was lost."""
         self.odd: list[str] = []
         """What neither was well nor said clearly why."""
         self._enter = enter
+        self._period_s = period_s
         self._url = f"{url}{PATH}"
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -117,7 +120,7 @@ class Lookers:
 
     def _run(self) -> None:
         self._enter()
-        while not self._stop.wait(0.05):
+        while not self._stop.wait(self._period_s):
             try:
                 answer = requests.get(self._url, timeout=60)
             except requests.RequestException as error:

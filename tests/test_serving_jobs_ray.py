@@ -64,7 +64,7 @@ def serve_on(here: Cluster, directory: Path, base: Path, url: str) -> "subproces
     path.write_text(yaml.safe_dump(tree))
     b = here.nodes[0]
     driver = b.start(["serving", str(path), "--address", here.address], log="serve")
-    wait_for(lambda: "/v1 after" in b.said("serve"), 120, "it serves")
+    wait_for(lambda: "/v1 after" in b.said("serve"), 240, "it serves")
     return driver
 
 
@@ -158,9 +158,9 @@ def test_every_job_over_http_ends_as_it_should_and_once_whatever_is_killed(
         owner = Owner(
             URL, tiny_base.name, NUM_JOBS, has_keys=True, settings=SETTINGS, enter=b.enter
         )
-        lookers = Lookers(URL, enter=b.enter)
+        lookers = Lookers(URL, period_s=0.5, enter=b.enter)
         try:
-            deadline = began + chaos.times(400, 3300)
+            deadline = began + chaos.times(900, 3300)
             while not (owner.is_done() and is_over(opened)):
                 assert time.monotonic() < deadline, (statuses(opened), killer.kills)
                 time.sleep(dice.uniform(2, chaos.times(8, 16)))
