@@ -120,12 +120,12 @@ def _has_keys(recipe: "ServeRecipe", directory: Path) -> bool:
     """Whether a key is asked. directory: of the registry.
 
     Raises ConfigError for a keys_file or a database that cannot be used, and where a key is needed
-    and there is none; RegistryError.
+    and there is none, or none any more; RegistryError.
     """
     from cluster.registry import database, keys
-    from serving.config import database_url
+    from serving.config import database_url, key_marks
     from serving.keys import Keys
-    from serving.loopback import require_safe_bind
+    from serving.loopback import require_never_keys, require_safe_bind
 
     if recipe.keys_file is not None:
         Keys(Path(recipe.keys_file))
@@ -133,6 +133,8 @@ def _has_keys(recipe: "ServeRecipe", directory: Path) -> bool:
     with closing(database.open_(database_url(recipe, directory))) as opened:
         has_keys = recipe.keys_file is not None or keys.known(opened, now=time.time()).was_any
     require_safe_bind(recipe.http.host, has_keys=has_keys)
+    if not has_keys:
+        require_never_keys(key_marks(recipe, directory))
     return has_keys
 
 

@@ -11,8 +11,9 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, TypeAlias
 
 from fastapi import Depends, Request
@@ -21,7 +22,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
 
-from cluster.errors import RegistryError
+from cluster.errors import RegistryError, StorageError
 from cluster.registry import keys as registry_keys
 from cluster.registry.database import Database
 from cluster.registry.keys import PREFIX, Known, Scope, hash_of
@@ -78,11 +79,13 @@ class Access:
         *,
         keys_file: Keys | None,
         host: str,
+        marks: Sequence[Path] = (),
         clock: Callable[[], float] = time.time,
         steady: Callable[[], float] = time.monotonic,
     ) -> None:
         """host: where the server listens; the loopback is open while there never was a key.
 
+        marks: files any of which says that there was one, and which are made once there is.
         clock: seconds since the epoch. steady: seconds, for ages. Raises RegistryError.
         """
         self._database = database
@@ -93,7 +96,11 @@ class Access:
         self._reading: asyncio.Task[None] | None = None
         self._is_away = False
         self._began = steady()
-        self._known: Known = registry_keys.known(database, now=clock())
+        self._marks = marks
+        was_any = any(mark.exists() for mark in marks)
+        self._is_marked = all(mark.exists() for mark in marks)
+        self._known = Known(keys={}, was_any=was_any)
+        self._known = self._look()
         self._read_at = self._began
 
     async def check(self, authorization: str | None, *, client: str | None) -> Caller:
@@ -163,7 +170,7 @@ class Access:
         await asyncio.sleep(self._began + _GAP_S - self._steady())
         self._began = began = self._steady()
         try:
-            known = await asyncio.to_thread(registry_keys.known, self._database, now=self._clock())
+            known = await asyncio.to_thread(self._look)
         except RegistryError as error:
             if not self._is_away:
                 log.warning("keys=kept for_s=%.0f registry=%s", KNOWN_KEYS_GO_ON_S, error)
@@ -172,9 +179,21 @@ class Access:
         if self._is_away:
             log.warning("keys=read registry=back")
         self._is_away = False
-        # A registry that was emptied under a server does not open it.
-        self._known = Known(keys=known.keys, was_any=known.was_any or self._known.was_any)
+        self._known = known
         self._read_at = began
+
+    def _look(self) -> Known:
+        """What the registry says now. Raises RegistryError."""
+        known = registry_keys.known(self._database, now=self._clock())
+        # A registry that was emptied under a server, or lost before it, does not open it.
+        was_any = known.was_any or self._known.was_any
+        if was_any and not self._is_marked:
+            self._is_marked = True  # tried once, or a read-only disk would be told of for ever
+            try:
+                registry_keys.mark(self._marks)
+            except StorageError as error:
+                log.warning("keys=not_marked error=%r", str(error))
+        return Known(keys=known.keys, was_any=was_any)
 
 
 class Gate:

@@ -95,6 +95,7 @@ def create(
         concurrent_jobs=concurrent_jobs,
     )
     with _database(file) as database:
+        room.mark(_key_marks(file))
         print(room.create(database, rights, now=time.time()))
 
 
@@ -164,8 +165,10 @@ def rebuild(file: ServeFile) -> None:
         )
     for line in report.broken:
         print(f"left out: {line}")
+    added, broken = len(report.added), len(report.broken)
     print(
-        f"{len(report.added)} models added, {report.num_known} known, {len(report.broken)} left out"
+        f"{added} models added, {report.num_known} known, {report.num_deleted} deleted, "
+        f"{broken} left out"
     )
 
 
@@ -181,6 +184,13 @@ def _database(file: Path) -> Iterator["Database"]:
     storage.make_directory(directory)
     with closing(database.open_(config.database_url(recipe, directory))) as opened:
         yield opened
+
+
+def _key_marks(file: Path) -> tuple[Path, ...]:
+    from serving import config
+
+    recipe = config.load(file)
+    return config.key_marks(recipe, config.registry_of(recipe, file))
 
 
 def _day(at: float) -> str:

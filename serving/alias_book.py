@@ -4,7 +4,8 @@ Every change is one transaction and leaves a line in the history. Going back res
 there before the change that is undone, so going back twice goes back further, never forth.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,11 +15,11 @@ from sqlalchemy.orm import Session
 
 from cluster.errors import ConfigError
 from cluster.registry.database import Database
-from cluster.registry.tables import Alias, AliasChange, AliasCount, Model
+from cluster.registry.tables import Alias, AliasChange, AliasCount, AliasScore, Model
 from serving import problems, rollout
 from serving.config import require_name
 from serving.problems import ApiError
-from serving.rollout import Count, Guard, Rollout, Target
+from serving.rollout import Count, Evaluation, Guard, Rollout, Target
 
 MAX_ALIASES = 1000
 SPAN_S = 10
@@ -78,7 +79,8 @@ class AliasBook:
         """Have a name stand for these versions from now on.
 
         Raises ConfigError for names and weights that cannot be, ApiError: 404 for a version that
-        is not served, 409 where the name is a model's or somebody else changes it just now.
+        is not served, 409 where the name is a model's, somebody else changes it just now, or the
+        guard would have it go back at once for a score that is there already.
         """
         require_name(name, "alias")
         if name in fixed or name.startswith(_TUNED):
@@ -96,9 +98,18 @@ class AliasBook:
                     self._require_room(session, project)
                 _require_served(session, project, [target.model for target in targets], fixed)
                 reason = "set"
-                return self._change(
+                row = self._change(
                     session, row, project, name, _plain(targets), _plain_guard(guard), by, reason
                 )
+                found = _fallen(session, row, fixed)
+                if found is not None:
+                    raise ApiError(
+                        f"{found[1]}; tell a new score (`loray alias evaluate`), or allow more",
+                        status=409,
+                        code="evaluation_failed",
+                        param="targets",
+                    )
+                return _rollout(row)
         except IntegrityError:
             message = f"The alias {name!r} has just been changed by somebody else; look at it again"
             raise ApiError(message, status=409, code="conflict") from None
@@ -122,23 +133,71 @@ class AliasBook:
             row = _get(session, project, name, lock=True)
             if revision is not None and row.revision != revision:
                 return None
-            before = _before(session, row, fixed)
+            before = next(_befores(session, row, fixed), None)
             if before is None:
                 raise ApiError(
                     f"The alias {name!r} stood for nothing before that is still served; set it",
                     status=409,
                     code="nothing_before",
                 )
-            return self._change(
-                session, row, project, name, before.targets, before.guard, by, reason,
-                restored=_origin(before),
-            )  # fmt: skip
+            return _rollout(self._restore(session, row, before, by, reason))
+
+    def score(
+        self,
+        project: str,
+        name: str,
+        model: str,
+        metric: str,
+        value: float,
+        *,
+        by: str,
+        fixed: Collection[str],
+    ) -> Rollout:
+        """Note what a model is worth, in place of what was noted before, and go back where that is
+        too little; what the alias stands for then. The same score twice changes nothing more.
+
+        A model may be told of before an alias stands for it. Raises ConfigError for a value that
+        is no number, ApiError: 400 for a metric that no guard of the alias has named, 404 for an
+        alias or a model that there is not.
+        """
+        if not math.isfinite(value):
+            raise ConfigError(f"value is {value}; a score is a finite number")
+        with self._database.write() as session:
+            row = _get(session, project, name, lock=True)
+            _require_metric(session, row, metric)
+            _require_served(session, project, [model], fixed, param="model")
+            session.merge(
+                AliasScore(
+                    project=project,
+                    name=name,
+                    metric=metric,
+                    model=model,
+                    value=value,
+                    by=by,
+                    created_at=self._clock(),
+                )
+            )
+            while (found := _fallen(session, row, fixed)) is not None:
+                before, why = found
+                self._restore(session, row, before, BY_ITSELF, why)
+            return _rollout(row)
+
+    def scores(self, one: Rollout) -> dict[str, float]:
+        """What models were last found to be worth, by the metric of the alias's guard."""
+        evaluation = one.guard.evaluation if one.guard else None
+        if evaluation is None:
+            return {}
+        with self._database.read() as session:
+            return _scores(session, one.project, one.name, evaluation.metric)
 
     def remove(self, project: str, name: str, *, by: str) -> None:
         """Have a name stand for nothing. Raises ApiError (404)."""
         with self._database.write() as session:
             row = _get(session, project, name, lock=True)
             self._change(session, row, project, name, [], None, by, "removed")
+            session.execute(
+                delete(AliasScore).where(AliasScore.project == project, AliasScore.name == name)
+            )
             session.delete(row)
 
     def require_free(self, name: str) -> None:
@@ -225,7 +284,7 @@ class AliasBook:
         reason: str,
         *,
         restored: int | None = None,
-    ) -> Rollout:
+    ) -> Alias:
         now = self._clock()
         last = select(func.max(AliasChange.revision)).where(
             AliasChange.project == project, AliasChange.name == name
@@ -249,7 +308,15 @@ class AliasBook:
             )
         )
         session.flush()
-        return _rollout(row)
+        return row
+
+    def _restore(
+        self, session: Session, row: Alias, before: AliasChange, by: str, reason: str
+    ) -> Alias:
+        return self._change(
+            session, row, row.project, row.name, before.targets, before.guard, by, reason,
+            restored=_origin(before),
+        )  # fmt: skip
 
 
 def _find(session: Session, project: str, name: str, *, lock: bool = False) -> Alias | None:
@@ -270,8 +337,8 @@ def _origin(change: AliasChange) -> int:
     return change.revision if change.restored is None else change.restored
 
 
-def _before(session: Session, row: Alias, fixed: Collection[str]) -> AliasChange | None:
-    """The change to whose state an alias goes back."""
+def _befores(session: Session, row: Alias, fixed: Collection[str]) -> Iterator[AliasChange]:
+    """The changes to whose states an alias goes back, one after the other."""
     changes = session.scalars(
         select(AliasChange)
         .where(AliasChange.project == row.project, AliasChange.name == row.name)
@@ -280,14 +347,51 @@ def _before(session: Session, row: Alias, fixed: Collection[str]) -> AliasChange
     by_revision = {change.revision: change for change in changes}
     current = by_revision.get(row.revision)
     while current is not None:
-        origin = _origin(current)
-        current = by_revision.get(origin - 1)
+        current = by_revision.get(_origin(current) - 1)
         if current is None or not current.targets:
-            return None
+            return
         names = [target["model"] for target in current.targets]
         if not _missing(session, row.project, names, fixed):
-            return current
-    return None
+            yield current
+
+
+def _fallen(session: Session, row: Alias, fixed: Collection[str]) -> tuple[AliasChange, str] | None:
+    """The change to whose state an alias has to go back for a score, and why."""
+    guard = _rollout(row).guard
+    if guard is None or guard.evaluation is None:
+        return None
+    scores = _scores(session, row.project, row.name, guard.evaluation.metric)
+    befores = [*_befores(session, row, fixed)] if scores else []
+    states = [_targets(change.targets) for change in (row, *befores)]
+    found = rollout.fallen(guard.evaluation, states, scores)
+    return None if found is None else (befores[found[0] - 1], found[1])
+
+
+def _scores(session: Session, project: str, name: str, metric: str) -> dict[str, float]:
+    rows = select(AliasScore.model, AliasScore.value).where(
+        AliasScore.project == project, AliasScore.name == name, AliasScore.metric == metric
+    )
+    return dict(iter(session.execute(rows)))
+
+
+def _require_metric(session: Session, row: Alias, metric: str) -> None:
+    """Of any of its guards: a version that was left for its score may be told of again."""
+    guards = session.scalars(
+        select(AliasChange.guard).where(
+            AliasChange.project == row.project, AliasChange.name == row.name
+        )
+    )
+    evaluations = [_guard(guard).evaluation for guard in guards if guard]
+    known = sorted({one.metric for one in evaluations if one is not None})
+    if metric not in known:
+        named = f"its guards name {', '.join(known)}" if known else "no guard of it names one"
+        raise ApiError(
+            f"The alias {row.name!r} goes by no evaluation {metric[:200]!r}: {named}; see "
+            "`loray alias set --guard-metric`",
+            status=400,
+            code="invalid_value",
+            param="metric",
+        )
 
 
 def _missing(
@@ -302,7 +406,12 @@ def _missing(
 
 
 def _require_served(
-    session: Session, project: str, names: Sequence[str], fixed: Collection[str]
+    session: Session,
+    project: str,
+    names: Sequence[str],
+    fixed: Collection[str],
+    *,
+    param: str = "targets",
 ) -> None:
     if any("\0" in name for name in names):
         raise problems.model_not_found("\\0")
@@ -314,7 +423,7 @@ def _require_served(
             f"{missing[0]!r} is an alias; an alias stands for models only: name one",
             status=400,
             code="invalid_value",
-            param="targets",
+            param=param,
         )
     raise problems.model_not_found(missing[0])
 
@@ -324,9 +433,19 @@ def _rollout(row: Alias) -> Rollout:
         project=row.project,
         name=row.name,
         revision=row.revision,
-        targets=tuple(Target(**target) for target in row.targets),
-        guard=Guard(**row.guard) if row.guard else None,
+        targets=_targets(row.targets),
+        guard=_guard(row.guard) if row.guard else None,
+        changed_at=row.updated_at,
     )
+
+
+def _targets(rows: Sequence[Any]) -> tuple[Target, ...]:
+    return tuple(Target(**row) for row in rows)
+
+
+def _guard(row: dict[str, Any]) -> Guard:
+    evaluation = row.get("evaluation")
+    return Guard(**{**row, "evaluation": Evaluation(**evaluation) if evaluation else None})
 
 
 def _plain(targets: Sequence[Target]) -> list[Any]:

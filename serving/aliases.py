@@ -58,6 +58,15 @@ class Aliases:
             raise problems.overloaded(_PERIOD_S)
         return self._known.get((project, name))
 
+    def of(self, project: str) -> list[Rollout]:
+        """Those of a project, by name. Raises ApiError (503) until the registry could be read."""
+        if self._known is None:
+            raise problems.overloaded(_PERIOD_S)
+        return sorted(
+            (one for one in self._known.values() if one.project == project),
+            key=lambda one: one.name,
+        )
+
     def count(self, one: Rollout, model: str, *, seconds: float, is_fault: bool) -> None:
         """Note what became of a request."""
         span = int(self.clock()) // SPAN_S * SPAN_S
@@ -92,6 +101,17 @@ class Aliases:
             )
         )
 
+    async def score(
+        self, project: str, name: str, model: str, metric: str, value: float, *, by: str
+    ) -> Rollout:
+        """As the book's; this replica knows it at once, others within a second."""
+        fixed = frozenset(self.fixed())
+        return await self._known_here(
+            asyncio.to_thread(
+                self.book.score, project, name, model, metric, value, by=by, fixed=fixed
+            )
+        )
+
     async def remove(self, project: str, name: str, *, by: str) -> None:
         """As the book's; this replica knows it at once, others within a second."""
         await self._known_here(asyncio.to_thread(self.book.remove, project, name, by=by))
@@ -108,7 +128,7 @@ class Aliases:
             await self._read()
             await self._tell()
             for one in list((self._known or {}).values()):
-                if one.guard is not None:
+                if one.guard is not None and one.guard.error_rate is not None:
                     await self._guard(one)
             if self.clock() - self._forgot_at > _FORGET_S:
                 self._forgot_at = self.clock()

@@ -58,7 +58,7 @@ class Answering:
             source = self._timed(served, form.asked)
             if body.stream:
                 stream = await _begun(source, stack)
-                response = _Sse(self._events(form, served, stream, on_outcome), stack)
+                response = _Sse(self._events(form, served, stream, request, on_outcome), stack)
                 is_handed_over = True
                 return response
             pieces = await _unless_gone(request, _collect(source))
@@ -105,6 +105,7 @@ class Answering:
         form: Chat | Completion,
         served: Served,
         stream: AsyncIterator[tuple[int, Piece]],
+        request: Request,
         on_outcome: Callable[[Exception | None], None],
     ) -> AsyncGenerator[bytes, None]:
         """Server-sent events; an error in the middle is the last of them."""
@@ -124,6 +125,7 @@ class Answering:
             yield _DONE
         except Exception as error:
             on_outcome(error)
+            problems.log_what_is_not_told(request, error)
             yield _event(problems.of_exception(error)[1])
 
     def _count(

@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve import Application
 
 from cluster import config
-from serving.config import ServeRecipe, database_url
+from serving.config import ServeRecipe, database_url, key_marks
 
 _ONGOING_PER_ROW = 64
 """Requests that Serve lets into a replica at once, for each row: our own queue is the fair one."""
@@ -46,6 +46,7 @@ class Server:
             opened,
             keys_file=Keys(Path(recipe.keys_file)) if recipe.keys_file else None,
             host=recipe.http.host,
+            marks=key_marks(recipe, Path(directory)),
         )
         self._root = Path(root)
         self._tuning = tuning.open_tuning(recipe, opened, self._replica)

@@ -88,16 +88,17 @@ def choose(
     request: Request,
     shadows: Shadows,
 ) -> Chosen:
-    """The version that answers this caller's user.
-
-    Who may use an alias: a key that names it, and one that may use all of its versions. Raises
-    ApiError (404) for others.
-    """
-    if not caller.may_use(alias.name) and not all(map(caller.may_use, alias.versions)):
+    """The version that answers this caller's user. Raises ApiError (404) where he may not ask."""
+    if not may_ask(caller, alias):
         raise problems.model_not_found(alias.name)
     user = body.user or request.headers.get(USER_HEADER, "")[:_MAX_USER_CHARS] or caller.key_id
     version = alias.choose(user)
     return Chosen(body=body.model_copy(update={"model": version}), alias=alias, shadows=shadows)
+
+
+def may_ask(caller: Caller, alias: Rollout) -> bool:
+    """Whether a key of the project names an alias, or may use all of its versions."""
+    return caller.may_use(alias.name) or all(map(caller.may_use, alias.versions))
 
 
 def _is_missing(error: Exception | None) -> bool:

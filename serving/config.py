@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,10 @@ from training.config import ModelConfig
 Mode = Literal["auto", "live", "merged"]
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,127}"
 """Grammar of the names under which models answer."""
+_PASSWORD = re.compile(r"://[^:/]*:[^@]*@|[?&](ssl)?password=", re.IGNORECASE)
+"""In a URL, as SQLAlchemy (2.0) takes it apart."""
+_SHOWN_PASSWORD = re.compile(r"(://[^\s:/]*):\S*@|([?&](?:ssl)?password)=[^\s&]*", re.IGNORECASE)
+_MAX_URL_BYTES = 4096
 
 
 def require_name(name: str, where: str) -> None:
@@ -127,7 +132,8 @@ class ServeRecipe:
     """Directory that remembers what is served; null: `.loray/serve` beside the file."""
     database: str | None = None
     """URL of the registry of keys, files, jobs and models, sqlite:// or postgresql://; null: a
-    SQLite file in the directory of `registry`. Replicas on several nodes need PostgreSQL."""
+    SQLite file in the directory of `registry`. Replicas on several nodes need PostgreSQL. A URL
+    with a password is named: file:PATH (mode 0600) or env:NAME, on every node."""
     tuning: TuningConfig | None = None
     """Fine-tuning over HTTP; null: off."""
     webhooks: tuple[Webhook, ...] = ()
@@ -154,6 +160,12 @@ class ServeRecipe:
         _in_range("max_surge_percent", self.max_surge_percent, 0, 100)
         if self.cpus_per_replica is not None:
             _in_range("cpus_per_replica", self.cpus_per_replica, 1, 1024)
+        if self.database is not None and _PASSWORD.search(self.database):
+            raise ConfigError(
+                "database: there is a password in the URL, which `--config` and Serve would show; "
+                "write the URL postgresql://USER:PASSWORD@HOST/NAME into a file of mode 0600 and "
+                "set database: file:PATH, or into a variable of the environment and set env:NAME"
+            )
         require_name(self.model_name, "model.base, as a name,")
         counts = Counter(entry.name for entry in self.adapters)
         twice = sorted(name for name, count in counts.items() if count > 1)
@@ -180,8 +192,11 @@ class ServeRecipe:
 
 def load(path: Path, overrides: Sequence[str] = ()) -> ServeRecipe:
     """A serving file with overrides applied; its paths are absolute. Raises ConfigError."""
-    recipe = config.load(ServeRecipe, path, list(overrides))
-    base, keys = recipe.model.base, recipe.keys_file
+    try:
+        recipe = config.load(ServeRecipe, path, list(overrides))
+    except ConfigError as error:  # which quotes what it found, a URL of another field, too
+        raise ConfigError(_SHOWN_PASSWORD.sub(r"\1\2***", str(error))) from None
+    base, keys, database = recipe.model.base, recipe.keys_file, recipe.database
     if _is_local(base) and not Path(base).expanduser().is_dir():
         raise ConfigError(
             f"{path}: model.base is {base!r}: no such directory; name one, or a hub id"
@@ -191,6 +206,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> ServeRecipe:
         adapters=tuple(replace(a, path=_absolute(a.path)) for a in recipe.adapters),
         adapters_root=_absolute(recipe.adapters_root),
         keys_file=_absolute(keys) if keys is not None else None,
+        database=f"file:{_absolute(database[5:])}"
+        if database and database.startswith("file:")
+        else database,
         webhooks=tuple(replace(w, secret_file=_absolute(w.secret_file)) for w in recipe.webhooks),
         tuning=recipe.tuning and replace(recipe.tuning, storage=_absolute(recipe.tuning.storage)),
     )
@@ -204,8 +222,41 @@ def registry_of(recipe: ServeRecipe, path: Path) -> Path:
 
 
 def database_url(recipe: ServeRecipe, directory: Path) -> str:
-    """Of the registry's database. directory: of the registry."""
-    return recipe.database or f"sqlite:///{directory.absolute()}/registry.db"
+    """Of the registry's database, with its password: not to be shown. directory: of the registry.
+
+    Raises ConfigError for a file or variable that does not hold it.
+    """
+    given = recipe.database or f"sqlite:///{directory.absolute()}/registry.db"
+    kind, _, name = given.partition(":")
+    if kind == "file":
+        return _secret_url(Path(name))
+    if kind == "env":
+        url = os.environ.get(name, "").strip()
+        if not url:
+            raise ConfigError(f"database: no variable {name!r} in the environment; set it to a URL")
+        return url
+    return given
+
+
+def key_marks(recipe: ServeRecipe, directory: Path) -> tuple[Path, ...]:
+    """Files that say that a key was once made, where the database is lost. directory: its own."""
+    places = [directory] if recipe.tuning is None else [directory, Path(recipe.tuning.storage)]
+    return tuple(place / "keys-were-made" for place in places)
+
+
+def _secret_url(path: Path) -> str:
+    """What a file holds that nobody else may read."""
+    try:
+        with path.open("rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            url = file.read(_MAX_URL_BYTES).decode().strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"database: {path} cannot be read ({type(error).__name__})") from None
+    if mode & 0o027:
+        raise ConfigError(f"database: {path} is open to others; run: chmod 600 {path}")
+    if not url:
+        raise ConfigError(f"database: {path} is empty; write postgresql://USER:PASSWORD@HOST/NAME")
+    return url
 
 
 def _is_local(base: str) -> bool:

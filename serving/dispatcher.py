@@ -22,9 +22,11 @@ from cluster.registry import cards, leases
 from cluster.registry.cards import Card
 from cluster.registry.database import Database
 from cluster.registry.tables import Job, JobCheckpoint
-from serving import job_files, job_progress, job_recipe, turns
-from serving.job_book import Line, model_name, tell
+from serving import job_files, job_progress, job_recipe, problems, turns
+from serving.job_book import OVER, Line, model_name, tell
 from serving.job_files import Fate
+from serving.job_kind import kind_of
+from serving.job_progress import Ending
 from serving.problems import ApiError
 from serving.runner import Runner
 from serving.shelf import Shelf
@@ -97,10 +99,14 @@ class Dispatcher:
                 select(Job).where(Job.status == "validating_files").order_by(Job.number)
             ).all()
             occupying = session.scalars(select(Job).where(Job.run_job.is_not(None))).all()
+            is_over = (Job.status.in_(OVER), Job.run_job.is_(None))
+            untidy = session.scalars(select(Job).where(*is_over, ~Job.is_tidy)).all()
         for job in validating:
             self._each(job, self._validate)
         for job in occupying:
             self._each(job, self._follow)
+        for job in untidy:
+            self._each(job, self._tidy)
         self._start_next()
         return True
 
@@ -168,24 +174,24 @@ class Dispatcher:
     def _start(self, seen: Job) -> None:
         try:
             files = self._files(seen)
-            recipe = job_recipe.recipe_of(self.tuning, self.model, seen)
+            plan = job_recipe.plan_of(self.tuning, self.model, seen)
         except ApiError:
             message = "The training or validation file was deleted while the job was queued."
             return self._end_badly(seen, Fate(code="invalid_training_file", message=message))
         except ConfigError as error:
             return self._end_badly(seen, Fate(code=error.code, message=str(error)))
         room = self.runner.room()
-        needs = job_recipe.needs(recipe, room.total)
+        needs = job_recipe.needs(plan.recipe, room.total)
         if any(room.free.get(name, 0) < amount for name, amount in needs.items()):
             return None
-        target = job_recipe.write(self.tuning, seen, recipe, files)
+        job_recipe.write(self.tuning, seen, plan, files)
         with self.database.write() as session:
             job = self._locked(session, seen)
             if job is None or job.status != "queued":
                 return None
             job.attempt += 1
             started = job.run_job = f"{job.id}-{job.attempt}"
-        self.runner.start(started, target)
+        self.runner.start(started, job_recipe.words(self.tuning, seen))
         return None
 
     def _files(self, job: Job) -> dict[str, Path]:
@@ -206,8 +212,8 @@ class Dispatcher:
         if state == "unknown":
             is_wanted = seen.wanted == "run" and seen.status in ("queued", "running")
             # A cluster that was lost has forgotten runs that had come to their end, too.
-            if is_wanted and job_progress.ending(directory)[0] != "finished":
-                self.runner.start(seen.run_job, directory / job_recipe.FILE)
+            if is_wanted and kind_of(seen).ending(directory)[0] != "finished":
+                self.runner.start(seen.run_job, job_recipe.words(self.tuning, seen))
                 return
             state = "ended"
         if state == "alive":
@@ -221,7 +227,7 @@ class Dispatcher:
     def _ask_to_end(self, seen: Job, directory: Path) -> None:
         assert seen.run_job is not None
         now = self.clock()
-        if seen.wanted == "pause":
+        if seen.wanted == "pause" and not job_recipe.is_search(seen):  # whose reports are kept
             since = self._pausing.setdefault(seen.run_job, now)
             if now - since < _PATIENCE_S:
                 loop.stop_file(directory).touch()  # again and again: a run that begins removes it
@@ -236,15 +242,16 @@ class Dispatcher:
         self, seen: Job, events: Sequence[Event], num_bytes: int, directory: Path, *, is_over: bool
     ) -> None:
         result: str | None = None
-        how, last = job_progress.ending(directory) if is_over else ("lost", None)
+        kind = kind_of(seen)
+        how, last = kind.ending(directory) if is_over else ("lost", None)
         wants_result = is_over and how == "finished" and seen.wanted != "cancel"
         if wants_result:
-            storage.verify(directory / "adapter")
+            storage.verify(directory / kind.RESULT)
         with self.database.write() as session:
             job = self._locked(session, seen)
             if job is None or job.events_offset != seen.events_offset:
                 return
-            job_progress.apply(
+            kind.apply(
                 session,
                 job,
                 events,
@@ -253,7 +260,7 @@ class Dispatcher:
                 now=self.clock(),
             )
             job.events_offset += num_bytes
-            content = job_progress.results(session, job) if wants_result else b""
+            content = kind.results(session, job, directory) if wants_result else b""
             if any(event.kind in ("started", "checkpoint") for event in events):
                 self._write_card(session, job)
         if not is_over:
@@ -279,7 +286,7 @@ class Dispatcher:
         self,
         session: Session,
         job: Job,
-        how: job_progress.Ending,
+        how: Ending,
         last: Event | None,
         result: str | None,
         directory: Path,
@@ -287,7 +294,6 @@ class Dispatcher:
         """What becomes of a job whose run has ended."""
         job.run_job = None
         if job.status == "cancelled":
-            job_recipe.drop_files(self.tuning, job)
             self.on_end(session, job)
         elif how == "finished" and last is not None and result is not None:
             self._succeed(session, job, last, result, directory)
@@ -320,7 +326,9 @@ class Dispatcher:
     ) -> None:
         name = model_name(job, self.tuning.organization)
         now = self.clock()
-        path = directory / "adapter"
+        kind = kind_of(job)
+        kind.conclude(session, job, last, now)
+        path = directory / kind.RESULT
         job_progress.add_model(session, job, name=name, step=None, path=path, created_at=now)
         job.status, job.fine_tuned_model, job.result_files = "succeeded", name, [result]
         job.trained_tokens = int(last.number("real_tokens"))
@@ -332,7 +340,6 @@ class Dispatcher:
             Line(message=f"New fine-tuned model created: {name}"),
             Line(message="The job has successfully completed"),
         )
-        job_recipe.drop_files(self.tuning, job)
         self.on_end(session, job)
 
     def _end_badly(self, seen: Job, fate: Fate) -> None:
@@ -343,11 +350,19 @@ class Dispatcher:
 
     def _fail(self, session: Session, job: Job, fate: Fate) -> None:
         job.status, job.finished_at, job.estimated_finish = "failed", self.clock(), None
-        job.error = {"code": fate.code, "message": fate.message, "param": fate.param}
-        line = Line(message=f"The job failed: {fate.message}", level="error")
+        message = problems.without_paths(fate.message)  # the run's own events keep them
+        job.error = {"code": fate.code, "message": message, "param": fate.param}
+        line = Line(message=f"The job failed: {message}", level="error")
         tell(session, job, self.clock(), line)
-        job_recipe.drop_files(self.tuning, job)
         self.on_end(session, job)
+
+    def _tidy(self, seen: Job) -> None:
+        """Give back what only a job that may go on has use for."""
+        job_recipe.tidy(self.tuning, seen)
+        with self.database.write() as session:
+            job = self._locked(session, seen)
+            if job is not None:
+                job.is_tidy = True
 
     def _write_card(self, session: Session, job: Job) -> None:
         """So that a lost registry can be made anew. At the end of the transaction whose outcome it
@@ -366,6 +381,7 @@ class Dispatcher:
             created_at=job.created_at,
             status=job.status,
             checkpoints=tuple((step, name) for step, name in steps),
+            result=kind_of(job).RESULT,
         )
         cards.write(job_recipe.run_dir(self.tuning, job), card)
 

@@ -149,7 +149,23 @@ def described(job: Job, organization: str) -> JobObject:
         "integrations": [],
         "metadata": job.labels,
         "user_provided_suffix": job.suffix,
-        "lora": job.request["lora"],
+        "lora": {**job.request["lora"], **_of_winner(job, "lora.")},
+        "search": _search(job),
+    }
+
+
+def _search(job: Job) -> dict[str, Any] | None:
+    asked = job.request.get("search")
+    return None if asked is None else {**asked, "winner": job.winner}
+
+
+def _of_winner(job: Job, section: str) -> dict[str, Any]:
+    """The winner's settings of a section, by field."""
+    params: dict[str, Any] = (job.winner or {}).get("params", {})
+    return {
+        path.removeprefix(section): value
+        for path, value in params.items()
+        if path.startswith(section)
     }
 
 

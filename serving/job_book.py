@@ -25,6 +25,7 @@ from serving.tuning_schema import CreateJob
 
 Level = Literal["info", "warn", "error"]
 UNFINISHED = ("validating_files", "queued", "running", "paused")
+OVER = ("succeeded", "failed", "cancelled")
 _TWICE_S = 60.0
 """The same request within so long is the same job."""
 _KEY_S = 86400.0
@@ -74,7 +75,8 @@ class JobBook:
         """
         if body.model != self._base:
             raise ApiError(
-                f"The model `{body.model[:80]}` cannot be fine-tuned here; allowed: {self._base}",
+                f"The model `{body.model[:80]}` does not exist or you do not have access to it. "
+                f"The one that is fine-tuned here: {self._base}",
                 status=404,
                 code="model_not_found",
                 param="model",

@@ -8,10 +8,13 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from cluster.registry.tables import Job, JobCheckpoint, JobEvent, Model
-from serving.job_book import Line, model_name, tell
+from serving import problems
+from serving.job_book import OVER, Line, model_name, tell
 from training import checkpoint
 from training.events import Event, EventReader
 
+RESULT = "adapter"
+"""Where in a run's directory its result lies."""
 _LATEST = 8
 """Lines of metrics in which those of a checkpoint's step are looked for."""
 Ending = Literal["finished", "stopped", "failed", "lost"]
@@ -28,7 +31,7 @@ def apply(
 ) -> None:
     """Go on with a job by the events of its run, in a transaction that holds the job's row."""
     for event in events:
-        if job.status in ("cancelled", "failed", "succeeded"):
+        if job.status in OVER:
             return
         if event.kind == "started":
             # A run that was killed between a checkpoint and its event goes on from it.
@@ -43,7 +46,8 @@ def apply(
             step = int(event.number("step"))
             _checkpoint(session, job, event, step, run_dir, organization)
         elif event.kind == "warning":
-            line = Line(message=event.text("message"), level="warn", at=event.time_s)
+            told = problems.without_paths(event.text("message"))
+            line = Line(message=told, level="warn", at=event.time_s)
             tell(session, job, now, line)
 
 
@@ -60,7 +64,11 @@ def ending(run_dir: Path) -> tuple[Ending, Event | None]:
     return ("stopped" if last.fields.get("was_stopped") else "finished"), last
 
 
-def results(session: Session, job: Job) -> bytes:
+def conclude(session: Session, job: Job, last: Event, now: float) -> None:
+    """All of it is told already."""
+
+
+def results(session: Session, job: Job, run_dir: Path) -> bytes:
     """The results file of a job: CSV, a row for each step."""
     names = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
     rows: dict[int, dict[str, Any]] = {}

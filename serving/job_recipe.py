@@ -1,9 +1,11 @@
-"""A fine-tuning job as the recipe of a training run."""
+"""A fine-tuning job as the recipe of a training run, or the file of a search."""
 
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,20 @@ from serving import job_files
 from serving.tuning_config import TuningConfig
 from training.config import ModelConfig, TrainRecipe
 from training.hyperparameters import LEARNING_RATE
+from tune_spaces import config as search_config
 
-FILE = "job.json"
+_FILE = "job.json"
 _KEEP = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a job is to run."""
+
+    recipe: TrainRecipe
+    """Of the run, or what all trials of a search have in common."""
+    tree: Mapping[str, Any]
+    """The whole file."""
 
 
 def run_dir(tuning: TuningConfig, job: Job) -> Path:
@@ -24,11 +37,26 @@ def run_dir(tuning: TuningConfig, job: Job) -> Path:
     return Path(tuning.storage) / job.id
 
 
-def write(tuning: TuningConfig, job: Job, recipe: TrainRecipe, files: Mapping[str, Path]) -> Path:
-    """Write the recipe of a job, and take hold of its files.
+def is_search(job: Job) -> bool:
+    """Whether a job is a search, whose winner becomes its model."""
+    return job.request.get("search") is not None
+
+
+def words(tuning: TuningConfig, job: Job) -> list[str]:
+    """What comes after `python -m` to run a job, or to go on with it."""
+    directory = run_dir(tuning, job)
+    path = str(directory / _FILE)
+    if not is_search(job):
+        return ["training", path, "--json"]
+    is_begun = (directory / "config.json").exists()  # what a search leaves first
+    return ["tune_spaces", path, "--json", *(["--resume"] if is_begun else [])]
+
+
+def write(tuning: TuningConfig, job: Job, plan: Plan, files: Mapping[str, Path]) -> None:
+    """Write the file of a job's plan, and take hold of its files.
 
     files: paths by `training_file` and `validation_file`. The run reads links of its own, so that
-    what is deleted while it trains does not end it; they go with `drop_files`. Raises DataError
+    what is deleted while it trains does not end it; they go with `tidy`. Raises DataError
     where a file is gone.
     """
     directory = run_dir(tuning, job)
@@ -41,19 +69,32 @@ def write(tuning: TuningConfig, job: Job, recipe: TrainRecipe, files: Mapping[st
         except FileNotFoundError:
             name = param.replace("_", " ")
             raise DataError(f"The {name} was deleted before the job could read it.") from None
-    target = directory / FILE
-    storage.write_file(target, json.dumps(config.plain(recipe), indent=1).encode())
-    return target
+    storage.write_file(directory / _FILE, json.dumps(plan.tree, indent=1).encode())
 
 
-def drop_files(tuning: TuningConfig, job: Job) -> None:
-    """Give back the files of a job that is at its end."""
+def tidy(tuning: TuningConfig, job: Job) -> None:
+    """Give back what a job at its end has held: its files, and what it would have gone on from."""
     for param in job_files.PARAMS:
         _link(tuning, job, param).unlink(missing_ok=True)
+    directory = run_dir(tuning, job)
+    for path in (directory / "checkpoints", directory / "trials", *directory.glob("tune-*")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def recipe_of(tuning: TuningConfig, model: ModelConfig, job: Job) -> TrainRecipe:
-    """The recipe of a job whose files are checked. Raises ConfigError."""
+def plan_of(tuning: TuningConfig, model: ModelConfig, job: Job) -> Plan:
+    """What a job whose files are checked is to run. Raises ConfigError."""
+    recipe = _recipe(tuning, model, job)
+    tree = config.plain(recipe)
+    if not is_search(job):
+        return Plan(recipe=recipe, tree=tree)
+    asked = dict(job.request["search"])
+    space = asked.pop("space")
+    tree |= {"space": space, "search": {**asked, "seed": job.seed}}
+    found = search_config.build(tree, tuning.search, where="tuning")
+    return Plan(recipe=found.recipe, tree=search_config.plain(found))
+
+
+def _recipe(tuning: TuningConfig, model: ModelConfig, job: Job) -> TrainRecipe:
     kind = job.method["type"]
     chosen = job.method[kind]["hyperparameters"]
     epochs, batch = int(chosen["n_epochs"]), int(chosen["batch_size"])

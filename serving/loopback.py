@@ -3,6 +3,7 @@
 import ipaddress
 import socket
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from cluster.errors import ConfigError
 
@@ -25,6 +26,20 @@ def require_safe_bind(
         "nobody could use the server. Make a key (`loray keys create FILE NAME`), or listen on "
         "127.0.0.1"
     )
+
+
+def require_never_keys(marks: Iterable[Path]) -> None:
+    """Raises ConfigError for a server without keys that once had some: its registry is lost.
+
+    marks: files any of which says that there was one.
+    """
+    found = [str(mark) for mark in marks if mark.exists()]
+    if found:
+        raise ConfigError(
+            f"the registry knows no key, but there was one ({', '.join(found)}): it was lost, or "
+            "another is named. Make a new key (`loray keys create FILE NAME`), or set database= to "
+            "the old one; to serve this machine without keys, remove what is named here"
+        )
 
 
 def is_loopback(host: str, *, resolve: Callable[[str], Iterable[str]] = _resolved) -> bool:

@@ -8,10 +8,12 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
 from serving import problems, replies
-from serving.access import Admin, User
+from serving.access import Admin, Caller, User
 from serving.aliases import Aliases
+from serving.chosen import may_ask
 from serving.config import NAME
 from serving.replica import Replica, check_path
+from serving.rollout import Rollout
 from serving.tuned_models import Tuned, TunedModels
 
 
@@ -75,20 +77,37 @@ def router(
         """What is served to everybody: the base, and what the operator added."""
         return [n for n in service.names() if tuned is None or not tuned.is_known(n)]
 
+    def own_aliases(caller: Caller) -> list[Rollout]:
+        """The aliases that the caller may ask for; a model goes before an alias of its name."""
+        rows = aliases.of(caller.project) if aliases else []
+        return [one for one in rows if may_ask(caller, one) and one.name not in service.names()]
+
+    def described_alias(one: Rollout) -> replies.ModelObject:
+        return replies.alias_object(
+            one.name,
+            versions=one.versions,
+            created=int(one.changed_at),
+            owned_by=one.project,
+        )
+
     @routes.get("/v1/models", response_model=replies.ModelList)
     async def list_models(caller: User) -> Any:
-        """All models that the key may use."""
+        """All models that the key may use, and what stands for them."""
         rows = [described(name) for name in own_names() if caller.may_use(name)]
         if tuned is not None:
             found = await tuned.list_(caller)
             rows += [described_tuned(model) for model in found if caller.may_use(model.name)]
+        rows += map(described_alias, own_aliases(caller))
         return {"object": "list", "data": rows}
 
     @routes.get("/v1/models/{model:path}", response_model=replies.ModelObject)
     async def retrieve_model(model: str, caller: User) -> Any:
-        """One model."""
+        """One model, or what stands for some."""
         if caller.may_use(model) and model in own_names():
             return described(model)
+        one = next((one for one in own_aliases(caller) if one.name == model), None)
+        if one is not None:
+            return described_alias(one)
         found = await tuned.find(caller, model) if tuned and caller.may_use(model) else None
         if found is None:
             raise problems.model_not_found(model)
@@ -98,6 +117,10 @@ def router(
     async def delete_model(model: str, caller: User) -> Any:
         """Serve a model no more; its files stay. One that was tuned: by its project."""
         if aliases is not None and caller.scopes & {"tune", "admin"}:
+            if any(one.name == model for one in own_aliases(caller)):
+                raise problems.invalid(
+                    "model", f"{model!r} is an alias; its owner removes it: loray alias remove"
+                )
             project = None if model in own_names() else caller.project
             await asyncio.to_thread(aliases.book.require_unused, model, project=project)
         is_deleted = False

@@ -2,7 +2,7 @@
 
 Whatever goes wrong becomes `{"error": {"message", "type", "param", "code"}}`: errors of ours,
 bodies that do not validate, routes that do not exist, and bugs, of which a client learns nothing
-but that there was one.
+but that there was one. Where files lie on the server stands in its log, by the request's id.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on only
 
-from cluster.errors import LorayError, RegistryError
+from cluster.errors import DataError, LorayError, RegistryError, ResourceError
 
 MAX_MESSAGE_CHARS = 2000
 RECEIVED = "loray.received"
@@ -47,9 +47,14 @@ _LINGER_S = 1.0
 _LINGER_BYTES = 16 << 20
 _REGISTRY_RETRY_S = 2.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_PATH = re.compile(r"(?<![\w/:.-])~?/(?:[^\s/'\"]+/)*([^\s/'\"]+)")
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _UNREAD_BODY = "There was an error parsing the body"
 """What FastAPI 0.165 says of bodies that it cannot decode (fastapi/routing.py)."""
+_FAILED = (
+    "The server had an error while processing your request. Its log says more, by this answer's "
+    "x-request-id."
+)
 _log = logging.getLogger(__name__)
 
 
@@ -180,6 +185,11 @@ def overloaded(retry_after_s: float) -> ApiError:
         code="server_is_overloaded",
         retry_after_s=retry_after_s,
     )
+
+
+def without_paths(text: str) -> str:
+    """A text in which absolute paths are shown by their last parts."""
+    return _PATH.sub(r"\1", text)
 
 
 def problem(
@@ -405,22 +415,27 @@ async def _respond(request: Request, error: Exception) -> JSONResponse:
             allowed = headers.get("Allow", "another method")
             error = ApiError(f"Not allowed: {where}. Use {allowed}.", status=405)
     status, body, more = of_exception(error)
-    if status == 500:
-        _log_bug(request, error)
-    elif isinstance(error, RegistryError):
-        _log.warning("event=registry_unavailable error=%s", error)
+    log_what_is_not_told(request, error)
     return JSONResponse(body, status, {**headers, **more})
 
 
-def _log_bug(request: Request, error: Exception) -> None:
-    """Where it was raised, innermost first; not its text."""
-    frames = reversed(traceback.extract_tb(error.__traceback__, limit=-4))
-    _log.error(
-        "event=request_failed request_id=%s error=%s at=%s",
-        getattr(request.state, "request_id", None),
-        type(error).__name__,
-        "<".join(f"{frame.filename}:{frame.lineno}" for frame in frames),
-    )
+def log_what_is_not_told(request: Request, error: Exception) -> None:
+    """For the operator: the text of an error of ours, and of a bug only where it was raised."""
+    request_id = getattr(request.state, "request_id", None)
+    cause = _origin(error)
+    told = of_exception(cause)[1]["error"]["message"]
+    if isinstance(cause, LorayError):
+        if str(cause) != told and not isinstance(cause, ApiError | DataError):  # of their requests
+            line = "event=request_failed request_id=%s error=%s reason=%r"
+            _log.warning(line, request_id, type(cause).__name__, str(cause)[:MAX_MESSAGE_CHARS])
+    elif told == _FAILED:
+        frames = reversed(traceback.extract_tb(error.__traceback__, limit=-4))
+        _log.error(
+            "event=request_failed request_id=%s error=%s at=%s",
+            request_id,
+            type(error).__name__,
+            "<".join(f"{frame.filename}:{frame.lineno}" for frame in frames),  # innermost first
+        )
 
 
 def _origin(error: Exception) -> Exception:
@@ -442,7 +457,9 @@ def _as_api_error(error: Exception) -> ApiError:
         wait_s = _REGISTRY_RETRY_S
         return ApiError(message, status=error.status, code=error.code, retry_after_s=wait_s)
     if isinstance(error, LorayError):
-        return ApiError(str(error), status=error.status, code=error.code)
+        is_ours = error.status >= 500 and not isinstance(error, ResourceError)
+        message = _FAILED if is_ours else without_paths(str(error))
+        return ApiError(message, status=error.status, code=error.code)
     if isinstance(error, RequestValidationError):
         return _of_validation(error.errors(), has_place=True)
     if isinstance(error, ValidationError):
@@ -453,7 +470,7 @@ def _as_api_error(error: Exception) -> ApiError:
         is_unread = error.detail == _UNREAD_BODY
         message = _of_unreadable(error.__cause__) if is_unread else str(error.detail)
         return ApiError(message, status=error.status_code)
-    return ApiError("The server had an error while processing your request.", status=500)
+    return ApiError(_FAILED, status=500)
 
 
 def _of_unreadable(cause: BaseException | None) -> str:

@@ -1,7 +1,7 @@
 """Fine-tuning jobs as Ray jobs."""
 
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 from cluster import jobs
 from cluster.errors import ClusterError
@@ -15,12 +15,12 @@ class RayRuns:
         """address: of the Jobs API, such as http://127.0.0.1:8265."""
         self._address = address
 
-    def start(self, run_job: str, recipe: Path) -> None:
-        """Submit `python -m training`; Ray refuses an id that it knows, which is no error here."""
+    def start(self, run_job: str, words: Sequence[str]) -> None:
+        """Submit `python -m`; Ray refuses an id that it knows, which is no error here."""
         # This interpreter is the cluster's: another `python` may come first in a shell's path.
-        words = [sys.executable, "-m", "training", str(recipe), "--json"]
+        command = [sys.executable, "-m", *words]
         try:
-            jobs.submit(words, address=self._address, working_dir=None, job_id=run_job)
+            jobs.submit(command, address=self._address, working_dir=None, job_id=run_job)
         except ClusterError:
             if jobs.is_alive(run_job, address=self._address) is None:
                 raise

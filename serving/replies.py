@@ -143,8 +143,13 @@ class AdapterInfo(TypedDict):
     rank: int
 
 
+class AliasInfo(TypedDict):
+    versions: list[str]
+    """The models that answer."""
+
+
 class ModelObject(TypedDict):
-    """A base model, or an adapter on one."""
+    """A base model, an adapter on one, or an alias."""
 
     id: str
     object: Literal["model"]
@@ -153,6 +158,7 @@ class ModelObject(TypedDict):
     root: str
     parent: str | None
     adapter: NotRequired[AdapterInfo]
+    alias: NotRequired[AliasInfo]
 
 
 class ModelList(TypedDict):
@@ -239,6 +245,12 @@ def adapter_object(name: str, *, base: str, rank: int, created: int, owned_by: s
     """An adapter on the base model of that name."""
     whole = base_object(name, created=created, owned_by=owned_by)
     return {**whole, "root": base, "parent": base, "adapter": {"rank": rank}}
+
+
+def alias_object(name: str, *, versions: Sequence[str], created: int, owned_by: str) -> ModelObject:
+    """A name that stands for models."""
+    whole = base_object(name, created=created, owned_by=owned_by)
+    return {**whole, "alias": {"versions": [*versions]}}
 
 
 def _top(one: TokenLogprob) -> TopLogprob:

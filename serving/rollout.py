@@ -4,11 +4,15 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from cluster.errors import ConfigError
 
 MAX_TARGETS = 100
 MAX_WEIGHT = 1_000_000.0
+MAX_METRIC_CHARS = 64
+_ROUNDING = 1e-9
+"""Of the scores: a fall of just what is allowed is allowed, whatever a subtraction makes of it."""
 _BITS = 53
 """Of a float's digits."""
 
@@ -25,16 +29,46 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """A figure by which a version must not be much worse than the one that it follows."""
+
+    metric: str
+    better: Literal["higher", "lower"]
+    max_fall: float
+    """In the metric's own unit."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.metric) <= MAX_METRIC_CHARS:
+            raise ConfigError(f"guard.evaluation.metric: allowed: 1 to {MAX_METRIC_CHARS} letters")
+        if self.better not in ("higher", "lower"):
+            raise ConfigError(
+                f"guard.evaluation.better is {self.better!r}; allowed: higher and lower"
+            )
+        if not 0 <= self.max_fall < math.inf:  # NaN is not, either
+            raise ConfigError(
+                f"guard.evaluation.max_fall is {self.max_fall}; allowed: from 0 up, and finite"
+            )
+
+    def fall(self, before: float, after: float) -> float | None:
+        """By how much a score is too far below another; None where it is not."""
+        fall = before - after if self.better == "higher" else after - before
+        return fall if fall > self.max_fall + _ROUNDING * max(abs(before), abs(after)) else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Guard:
     """When an alias goes back by itself."""
 
-    error_rate: float
+    error_rate: float | None = None
     """Of a version's requests of the last minute, above which it does badly."""
     min_requests: int = 50
     """Fewer than these in the last minute say nothing."""
+    evaluation: Evaluation | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.error_rate < 1:
+        if self.error_rate is None and self.evaluation is None:
+            raise ConfigError("guard: it guards nothing; give an error_rate or an evaluation")
+        if self.error_rate is not None and not 0 <= self.error_rate < 1:
             raise ConfigError(f"guard.error_rate is {self.error_rate}; allowed: from 0 to below 1")
         if not 1 <= self.min_requests <= 1_000_000:
             raise ConfigError(f"guard.min_requests is {self.min_requests}; allowed: 1 to 1000000")
@@ -68,11 +102,13 @@ class Rollout:
     revision: int
     targets: tuple[Target, ...]
     guard: Guard | None = None
+    changed_at: float = 0.0
+    """Seconds since the epoch."""
 
     @property
     def versions(self) -> tuple[str, ...]:
         """The models that answer users."""
-        return tuple(target.model for target in self.targets if target.weight > 0)
+        return versions(self.targets)
 
     @property
     def shadow(self) -> str | None:
@@ -91,6 +127,11 @@ class Rollout:
             (target for target in self.targets if target.weight > 0),
             key=lambda target: -math.log(_uniform(salt + target.model)) / target.weight,
         ).model
+
+
+def versions(targets: Sequence[Target]) -> tuple[str, ...]:
+    """The models that answer users."""
+    return tuple(target.model for target in targets if target.weight > 0)
 
 
 def check(targets: Sequence[Target]) -> None:
@@ -120,7 +161,7 @@ def check(targets: Sequence[Target]) -> None:
 def breach(rollout: Rollout, counts: Mapping[str, Count]) -> str | None:
     """Why an alias has to go back, if it has to. counts: of each version's last minute."""
     guard = rollout.guard
-    if guard is None:
+    if guard is None or guard.error_rate is None:
         return None
     for model in rollout.versions:
         count = counts.get(model, Count())
@@ -129,6 +170,32 @@ def breach(rollout: Rollout, counts: Mapping[str, Count]) -> str | None:
             return (
                 f"{count.errors} of {count.requests} requests to {model[:200]} failed within a "
                 f"minute; the guard allows {guard.error_rate:.2%}"
+            )
+    return None
+
+
+def fallen(
+    evaluation: Evaluation, states: Sequence[Sequence[Target]], scores: Mapping[str, float]
+) -> tuple[int, str] | None:
+    """To which state an alias has to go back for a score, and why, if it has to.
+
+    states: what the alias stands for, then what it stood for before that, and so on. Each version
+    is held against the one with the most users in the last state in which it was not yet there;
+    where one of the two has no score, nothing is told. scores: of the metric, by model.
+    """
+    for model in versions(states[0]):
+        first = max(n for n, targets in enumerate(states) if model in versions(targets))
+        if first + 1 == len(states):
+            continue
+        before = max(states[first + 1], key=lambda target: target.weight).model
+        if model not in scores or before not in scores:
+            continue
+        fall = evaluation.fall(scores[before], scores[model])
+        if fall is not None:
+            return first + 1, (
+                f"{evaluation.metric} of {model[:200]} is {scores[model]:g}, {fall:.4g} worse than "
+                f"the {scores[before]:g} of {before[:200]}; the guard allows "
+                f"{evaluation.max_fall:g}"
             )
     return None
 

@@ -1,8 +1,7 @@
 """What runs the jobs, as the dispatcher sees it: Ray Jobs, or plain processes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Protocol
 
 RunState = Literal["alive", "ended", "unknown"]
@@ -17,9 +16,9 @@ class Room:
 
 
 class Runner(Protocol):
-    """Runs `python -m training RECIPE` under names that are used once. Raises ClusterError."""
+    """Runs `python -m` and some words under names that are used once. Raises ClusterError."""
 
-    def start(self, run_job: str, recipe: Path) -> None:
+    def start(self, run_job: str, words: Sequence[str]) -> None:
         """Start a run, unless one of this name was started before."""
         ...
 

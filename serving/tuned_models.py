@@ -14,6 +14,7 @@ from pathlib import Path
 from sqlalchemy import select, update
 
 from cluster.errors import RegistryError
+from cluster.registry import cards
 from cluster.registry.database import Database
 from cluster.registry.tables import Model
 from serving.access import Caller
@@ -84,9 +85,10 @@ class TunedModels:
 
     async def delete(self, caller: Caller, name: str) -> bool:
         """Serve a model of the caller's project no more, on any replica; whether there was one."""
-        if await self.find(caller, name) is None:
+        found = await self.find(caller, name)
+        if found is None:
             return False
-        await asyncio.to_thread(self._mark_deleted, name)
+        await asyncio.to_thread(self._mark_deleted, found)
         await self._note([name], {})
         return True
 
@@ -122,11 +124,12 @@ class TunedModels:
         with self._database.read() as session:
             return [_tuned(row) for row in session.scalars(rows.order_by(Model.number))]
 
-    def _mark_deleted(self, name: str) -> None:
+    def _mark_deleted(self, model: Tuned) -> None:
+        cards.mark_deleted(Path(model.path))  # first: a rebuilt registry must not bring it back
         with self._database.write() as session:
             session.execute(
                 update(Model)
-                .where(Model.name == name, Model.deleted_at.is_(None))
+                .where(Model.name == model.name, Model.deleted_at.is_(None))
                 .values(deleted_at=self._clock())
             )
 

@@ -30,6 +30,8 @@ class TuningConfig:
     """All files of a project."""
     recipe: tuple[str, ...] = ()
     """Settings of every job's recipe that win over the service's, as `section.field=value`."""
+    search: tuple[str, ...] = ()
+    """The same of a job that is a search, as `search.field=value`."""
     jobs_api: str | None = None
     """The cluster's Jobs API, such as http://127.0.0.1:8265; null: that of a private Ray."""
 

@@ -8,22 +8,47 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on only
 
 from cluster.errors import ConfigError
-from serving.schema import Strict
+from serving.schema import Strict, T
 from training import hyperparameters
+from tune_spaces import config as search_config
+from tune_spaces.config import SearchConfig
+from tune_spaces.spaces import AT_RANK_16, LEARNING_RATE, RANK
 
 SUFFIX = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,62}[A-Za-z0-9])?"
 _MAX_SEED = (1 << 31) - 1
+_MAX_RANK = 256
+_BATCH_SIZE = "optim.global_batch_size"
+_VARIABLE = (
+    RANK, "lora.alpha", "lora.dropout", "lora.target_modules", "lora.variant",
+    LEARNING_RATE, AT_RANK_16, "optim.weight_decay", _BATCH_SIZE,
+)  # fmt: skip
+"""What a search over HTTP may vary: nothing that makes a trial longer without end."""
+_MAX_CHOICES = 64
 Status = Literal[
     "validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"
 ]
 
 
-Number = Annotated[float | int | Literal["auto"] | None, Field(description="`auto` or a number.")]
+def _in_range(value: object, info: ValidationInfo) -> object:
+    name = str(info.field_name)
+    try:
+        hyperparameters.check("dpo", {name: value})  # which has the others', too
+    except ConfigError as error:
+        why = f"allowed: {str(error).partition('allowed: ')[2]}"
+        raise PydanticCustomError("invalid_value", "{why}", {"why": why}) from None
+    return value
+
+
+Number = Annotated[
+    float | int | Literal["auto"] | None,
+    BeforeValidator(_in_range),
+    Field(description="`auto` or a number."),
+]
 
 
 class Hyperparameters(Strict):
@@ -89,7 +114,7 @@ class Method(Strict):
 class Lora(Strict):
     """The adapter (an extension)."""
 
-    rank: Annotated[int, Field(ge=1, le=256)] = 16
+    rank: Annotated[int, Field(ge=1, le=_MAX_RANK)] = 16
     alpha: Annotated[float, Field(gt=0, le=65536)] | None = None
     """Null: the rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -101,6 +126,74 @@ class Lora(Strict):
         ]
     ) = "all-linear"
     variant: Literal["lora", "rslora"] = "lora"
+
+
+class SearchOptions(Strict):
+    """A search in place of one run (an extension): words of a search file."""
+
+    space: (
+        Annotated[str, Field(max_length=64)]
+        | Annotated[
+            dict[Annotated[str, Field(max_length=64)], Any], Field(min_length=1, max_length=16)
+        ]
+    ) = "rank_lr"
+    """A name, or a mapping of `section.field` to choices or a range."""
+    trials: Annotated[int, Field(ge=1, le=256)] = 16
+    metric: Literal["eval_loss", "train_loss", "exact_match", "json_valid", "rouge_l"] = "eval_loss"
+    """All but train_loss want a validation file."""
+    scheduler: Literal["fifo", "asha", "hyperband", "median", "pbt", "pb2"] = "asha"
+    searcher: Literal["random", "grid", "optuna"] = "optuna"
+    sampler: Literal["tpe", "gp"] = "tpe"
+    finalists: Annotated[int, Field(ge=1, le=10)] = 3
+    seeds: Annotated[int, Field(ge=1, le=10)] = 3
+    budget_minutes: Annotated[float, Field(ge=0.01, le=1_000_000)] | None = None
+    """Of the whole search."""
+
+    @field_validator("space")
+    @classmethod
+    def _searchable(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
+        for path, entry in value.items() if isinstance(value, dict) else ():
+            choices = entry.get("choices") if isinstance(entry, dict) else entry
+            if isinstance(choices, list) and len(choices) > _MAX_CHOICES:
+                raise PydanticCustomError(
+                    "invalid_value",
+                    "{path} has {number} choices; allowed: up to {most}",
+                    {"path": path, "number": len(choices), "most": _MAX_CHOICES},
+                )
+        try:
+            found = search_config.parse(value).every_dimension()
+        except ConfigError as error:
+            raise PydanticCustomError("invalid_value", "{why}", {"why": str(error)}) from None
+        for dimension in found:
+            if dimension.path not in _VARIABLE:
+                raise PydanticCustomError(
+                    "invalid_value",
+                    "{path} cannot vary over HTTP; allowed: {allowed}",
+                    {"path": dimension.path, "allowed": ", ".join(_VARIABLE)},
+                )
+            if dimension.path == RANK and max(dimension.domain.ends()) > _MAX_RANK:
+                raise PydanticCustomError(
+                    "invalid_value",
+                    "{path} is above {most}, the largest allowed",
+                    {"path": RANK, "most": _MAX_RANK},
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _usable(self) -> "SearchOptions":
+        try:
+            SearchConfig(**self.words())
+        except ConfigError as error:
+            raise PydanticCustomError("invalid_value", "{why}", {"why": str(error)}) from None
+        return self
+
+    def words(self) -> dict[str, Any]:
+        """What stands under `search` in a search file."""
+        return self.model_dump(exclude={"space"})
+
+    def varied(self) -> set[str]:
+        """The fields that the space varies, as `section.field`."""
+        return {dimension.path for dimension in search_config.parse(self.space).every_dimension()}
 
 
 class CreateJob(Strict):
@@ -126,6 +219,7 @@ class CreateJob(Strict):
     ) = None
     integrations: list[Any] | None = None
     lora: Lora = Lora()
+    search: SearchOptions | None = None
 
     @field_validator("suffix")
     @classmethod
@@ -154,29 +248,24 @@ class CreateJob(Strict):
                 "integrations are not supported; the operator sets `log.to` for all jobs",
             )
 
-    @model_validator(mode="before")
+    @field_validator("hyperparameters")
     @classmethod
-    def _refused(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        if value.get("search") is not None:
-            raise PydanticCustomError(
-                "unsupported_value",
-                "search: a search over HTTP is not supported yet; use `loray search`",
-            )
-        return {name: item for name, item in value.items() if name != "search"}
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "CreateJob":
-        if self.hyperparameters is not None and self.method is not None:
+    def _one_way(cls, value: T, info: ValidationInfo) -> T:
+        if value is not None and info.data.get("method") is not None:
             raise PydanticCustomError(
                 "invalid_value", "give method or hyperparameters (deprecated), not both"
             )
-        try:
-            hyperparameters.check(self.kind, self.asked)
-        except ConfigError as error:
-            raise PydanticCustomError("invalid_value", "{why}", {"why": str(error)}) from None
-        return self
+        return value
+
+    @field_validator("search")
+    @classmethod
+    def _goes_with_the_rest(
+        cls, value: SearchOptions | None, info: ValidationInfo
+    ) -> SearchOptions | None:
+        why = value and _why_not(value, info.data)
+        if why:
+            raise PydanticCustomError("invalid_value", "{why}", {"why": why})
+        return value
 
     @property
     def kind(self) -> Literal["supervised", "dpo"]:
@@ -186,10 +275,38 @@ class CreateJob(Strict):
     @property
     def asked(self) -> dict[str, float | str]:
         """The hyperparameters that were given."""
-        if self.method is None:
-            return {} if self.hyperparameters is None else self.hyperparameters.given()
-        settings = self.method.supervised or self.method.dpo
-        return {} if settings is None else settings.hyperparameters.given()
+        return _asked(self.method, self.hyperparameters)
+
+
+def _asked(method: Method | None, older: Hyperparameters | None) -> dict[str, float | str]:
+    if method is None:
+        return {} if older is None else older.given()
+    settings = method.supervised or method.dpo
+    return {} if settings is None else settings.hyperparameters.given()
+
+
+def _why_not(search: SearchOptions, rest: Mapping[str, Any]) -> str | None:
+    """Why a search does not go with the rest of a request; what is wrong in itself is left out."""
+    method: Method | None = rest.get("method")
+    if method is not None and method.type == "dpo":
+        return "a search is supervised; leave it out, or method.type dpo"
+    if search.metric != "train_loss" and rest.get("validation_file") is None:
+        return (
+            f"its metric is {search.metric}, which needs held-out examples; give validation_file, "
+            "or the metric train_loss"
+        )
+    lora: Lora | None = rest.get("lora")
+    fixed = {f"lora.{name}": f"lora.{name}" for name in (lora.model_fields_set if lora else ())}
+    asked = _asked(method, rest.get("hyperparameters"))
+    for name, path in (
+        ("batch_size", _BATCH_SIZE),
+        ("learning_rate_multiplier", LEARNING_RATE),
+        ("learning_rate_multiplier", AT_RANK_16),
+    ):
+        if asked.get(name, "auto") != "auto":
+            fixed[path] = f"hyperparameters.{name}"
+    both = sorted(fixed[path] for path in search.varied() & fixed.keys())
+    return f"{both[0]} is given, and space varies it; leave one of them out" if both else None
 
 
 class JobError(TypedDict):
@@ -224,6 +341,7 @@ class JobObject(TypedDict):
     metadata: dict[str, str] | None
     user_provided_suffix: str | None
     lora: dict[str, Any]
+    search: dict[str, Any] | None
 
 
 class JobList(TypedDict):

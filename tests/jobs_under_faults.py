@@ -146,10 +146,10 @@ def statuses(opened: Database) -> Counter[str]:
 
 
 def is_over(opened: Database) -> bool:
-    """Whether every job has come to its end, and its run, too."""
+    """Whether every job has come to its end, its run, too, and nothing is held for it."""
     with opened.read() as session:
-        rows = session.execute(select(Job.status, Job.run_job)).all()
-    return all(status in ENDS and run_job is None for status, run_job in rows)
+        rows = session.execute(select(Job.status, Job.run_job, Job.is_tidy)).all()
+    return all(status in ENDS and run_job is None and is_tidy for status, run_job, is_tidy in rows)
 
 
 def check_all(

@@ -3,13 +3,29 @@
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
 from processes import ROOT
 
+from cluster import storage
 from serving.runner import Room, RunState
+
+
+def make_result(directory: Path, base: Path) -> Path:
+    """A ready-made adapter with its manifest, as a run leaves it."""
+    from test_training_adapter import make_adapter  # torch, which dispatchers need not
+
+    bare = make_adapter(directory / "bare", base, seed=3)
+
+    def write(target: Path) -> None:
+        for path in bare.iterdir():
+            if path.suffix != ".md":
+                (target / path.name).write_bytes(path.read_bytes())
+
+    storage.commit(directory / "adapter", write, attempt="1")
+    return directory / "adapter"
 
 
 class ProcessRuns:
@@ -28,17 +44,17 @@ class ProcessRuns:
         self._words = [str(adapter), str(step_s)]
         self._free = dict(free or {"CPU": 64.0})
 
-    def start(self, run_job: str, recipe: Path) -> None:
+    def start(self, run_job: str, words: Sequence[str]) -> None:
         name = self._directory / run_job
         try:
             claim = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
             return
-        words = [sys.executable, str(Path(__file__).parent / "fake_run.py"), str(recipe)]
+        command = [sys.executable, str(Path(__file__).parent / "fake_run.py"), words[1]]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         with (self._directory / f"{run_job}.log").open("wb") as log:
             process = subprocess.Popen(
-                [*words, *self._words], start_new_session=True, env=environment,
+                [*command, *self._words], start_new_session=True, env=environment,
                 stdout=log, stderr=log,
             )  # fmt: skip
         os.write(claim, str(process.pid).encode())

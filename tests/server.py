@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from cluster.registry import database
 from serving import inference, tuning
 from serving.access import Access
 from serving.aliases import Aliases
-from serving.config import ServeRecipe, database_url
+from serving.config import ServeRecipe, database_url, key_marks
 from serving.keys import Keys
 from serving.metrics import Metrics
 from serving.quotas import Quotas
@@ -59,6 +59,8 @@ def serving(
 
     runner: runs the fine-tuning jobs, where there is a section `tuning`; None: nothing does.
     """
+    if "database" in sections:  # its URL may hold a password
+        sections = {**sections, "database": secret_url(directory / "database-url", sections)}
     tree = {
         "model": {"base": str(base), "quantization": "none"},
         "limits": {
@@ -71,7 +73,12 @@ def serving(
     metrics = Metrics(known=[recipe.model_name])
     replica = open_replica(recipe, directory / "registry", on_step=metrics.step)
     opened = database.open_(database_url(recipe, directory / "registry"))
-    access = Access(opened, keys_file=Keys(keys) if keys else None, host=recipe.http.host)
+    access = Access(
+        opened,
+        keys_file=Keys(keys) if keys else None,
+        host=recipe.http.host,
+        marks=key_marks(recipe, directory / "registry"),
+    )
     quotas = Quotas(opened)
     tuned = tuning.open_tuning(recipe, opened, replica)
     aliases = tuning.open_aliases(opened, replica)
@@ -114,6 +121,13 @@ def serving(
         replica.close()
         opened.close()
         assert not thread.is_alive(), "the server does not end"
+
+
+def secret_url(path: Path, sections: Mapping[str, Any]) -> str:
+    """The word `database` of a serving file whose URL is to be in a file."""
+    path.touch(0o600)
+    path.write_text(sections["database"])
+    return f"file:{path}"
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -113,6 +113,24 @@ def test_what_is_broken_is_told_and_left_out(registry: Database, tmp_path: Path)
     assert run(registry, root).added == (f"{good.model}:ckpt-step-1",)
 
 
+def test_models_that_were_deleted_before_the_loss_stay_deleted(
+    registry: Database, tmp_path: Path
+) -> None:
+    card, other = make_run(tmp_path / "runs", 1), make_run(tmp_path / "runs", 2)
+    run_dir = tmp_path / "runs" / card.job_id
+    cards.mark_deleted(run_dir / "adapter")
+    cards.mark_deleted(adapter_of(run_dir, 1))
+    cards.write(run_dir, card)  # as the dispatcher does, at any time
+    report = run(registry, tmp_path / "runs")
+    assert (len(report.added), report.num_known, report.num_deleted) == (4, 0, 2)
+    gone = {card.model, f"{card.model}:ckpt-step-1"}
+    assert not gone & set(models(registry))
+    assert other.model in models(registry)
+    assert (run_dir / "adapter" / storage.MANIFEST).exists()
+    cards.mark_deleted(tmp_path / "runs" / "removed" / "adapter")
+    assert not (tmp_path / "runs" / "removed").exists()
+
+
 @pytest.mark.parametrize("status", ["failed", "cancelled", "queued"])
 def test_a_job_without_a_result_gives_its_checkpoints_alone(
     registry: Database, tmp_path: Path, status: str
@@ -157,7 +175,10 @@ def test_a_registry_is_rebuilt_by_command(tmp_path: Path, tiny_base: Path) -> No
     path = tmp_path / "serve.yaml"
     tree = {"model": {"base": str(tiny_base)}, "tuning": {"storage": str(tmp_path / "runs")}}
     path.write_text(yaml.safe_dump(tree))
-    for words in ("3 models added, 0 known, 0 left out", "0 models added, 3 known, 0 left out"):
+    for words in (
+        "3 models added, 0 known, 0 deleted, 0 left out",
+        "0 models added, 3 known, 0 deleted, 0 left out",
+    ):
         status, out, err = call(["loray", "registry", "rebuild", path.name], tmp_path)
         assert (status, out.strip()) == (0, words), err
     opened = database.open_(database.sqlite_url(tmp_path / ".loray/serve/serve/registry.db"))

@@ -248,6 +248,30 @@ def test_the_first_key_closes_a_server_that_runs_and_revoking_it_does_not_open_i
     assert refused(Access(registry, keys_file=None, host=HERE), None) == 401
 
 
+def test_a_registry_that_is_lost_does_not_open_the_loopback(
+    registry: Database, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    marks = [tmp_path / "registry" / "made", tmp_path / "storage" / "made"]
+    access = Access(registry, keys_file=None, host=HERE, marks=marks)
+    assert caller_of(access, None) == Caller()
+    assert not any(mark.exists() for mark in marks)
+    create(registry)
+    asyncio.run(_read(access))
+    assert all(mark.exists() for mark in marks)
+    empty = database.open_(database.sqlite_url(tmp_path / "new.db"))
+    for gone in (marks[0], marks[1]):
+        gone.unlink()
+        assert refused(Access(empty, keys_file=None, host=HERE, marks=marks), None) == 401
+        assert all(mark.exists() for mark in marks)  # each of them makes the other anew
+    key = create(empty)
+    access = Access(empty, keys_file=None, host=HERE, marks=marks)
+    assert caller_of(access, header(key)).key_id == id_of(key)
+    (tmp_path / "file").touch()
+    Access(empty, keys_file=None, host=HERE, marks=[tmp_path / "file" / "made"])
+    assert "keys=not_marked" in caplog.text
+    empty.close()
+
+
 def test_known_keys_go_on_for_a_minute_without_the_registry_and_unknown_ones_wait(
     registry: Database, tmp_path: Path
 ) -> None:

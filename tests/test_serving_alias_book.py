@@ -1,9 +1,9 @@
-"""What aliases stand for and stood for, in the registry."""
+"""What aliases stand for and stood for, in a registry of each kind."""
 
 import asyncio
+import math
 import threading
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import pytest
 from sqlalchemy import update
@@ -15,7 +15,7 @@ from cluster.registry.tables import Model
 from serving.alias_book import AliasBook
 from serving.aliases import Aliases
 from serving.problems import ApiError
-from serving.rollout import Count, Guard, Rollout, Target
+from serving.rollout import Count, Evaluation, Guard, Rollout, Target
 
 FIXED = ("base", "v6", "v7", "v8", "v9")
 
@@ -35,15 +35,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Database]:
-    found = database.open_(database.sqlite_url(tmp_path / "registry.db"))
-    yield found
-    found.close()
-
-
-@pytest.fixture
-def book(opened: Database, clock: Clock) -> AliasBook:
-    return AliasBook(opened, clock=clock)
+def book(registry: Database, clock: Clock) -> AliasBook:
+    return AliasBook(registry, clock=clock)
 
 
 def put(
@@ -127,6 +120,29 @@ def test_of_many_who_go_back_at_once_one_does(book: AliasBook) -> None:
     assert len(book.changes("red", "bot")) == 3
 
 
+def test_many_who_set_a_new_alias_at_once_are_each_done_or_told_of_the_others(
+    book: AliasBook,
+) -> None:
+    done: list[int] = []
+    refused: list[ApiError] = []
+
+    def set_() -> None:
+        try:
+            done.append(put(book, v7=1).revision)
+        except ApiError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=set_) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) + len(refused) == 8
+    assert {error.code for error in refused} <= {"conflict"}
+    assert sorted(done) == list(range(1, len(done) + 1))
+    assert book.get("red", "bot").revision == len(done) == len(book.changes("red", "bot"))
+
+
 def test_projects_have_names_of_their_own(book: AliasBook) -> None:
     put(book, v7=1)
     put(book, project="blue", v8=1)
@@ -169,8 +185,8 @@ def test_a_model_takes_no_aliass_name_and_does_not_go_under_one(book: AliasBook)
         assert raised.value.status == 409
 
 
-def test_versions_are_models_that_the_project_has(book: AliasBook, opened: Database) -> None:
-    with opened.write() as session:
+def test_versions_are_models_that_the_project_has(book: AliasBook, registry: Database) -> None:
+    with registry.write() as session:
         for project in ("red", "blue"):
             session.add(
                 Model(
@@ -186,7 +202,7 @@ def test_versions_are_models_that_the_project_has(book: AliasBook, opened: Datab
     with pytest.raises(ApiError, match="is an alias") as raised:
         put(book, "other", bot=1)
     assert raised.value.status == 400
-    with opened.write() as session:
+    with registry.write() as session:
         session.execute(update(Model).values(deleted_at=2.0))
     put(book, v8=1)
     with pytest.raises(ApiError, match="nothing before"):
@@ -209,6 +225,180 @@ def test_counts_of_all_replicas_of_the_last_minute_are_added_up(
     book.forget()
     clock.now = 1000.0
     assert book.last_minute(one) == {}
+
+
+QUALITY = Guard(evaluation=Evaluation(metric="quality", better="higher", max_fall=0.02))
+
+
+def told(book: AliasBook, model: str, value: float, metric: str = "quality") -> Rollout:
+    return book.score("red", "bot", model, metric, value, by="key", fixed=FIXED)
+
+
+def test_a_version_whose_score_falls_is_left_and_the_history_says_why(book: AliasBook) -> None:
+    put(book, guard=QUALITY, v7=1)
+    assert told(book, "v7", 0.91).revision == 1
+    put(book, guard=QUALITY, v7=90, v8=10)
+    put(book, guard=QUALITY, v7=50, v8=50)
+    assert told(book, "v8", 0.89).revision == 3  # just as much as is allowed
+    done = told(book, "v8", 0.85)
+    assert (weights(done), done.revision, done.guard) == ({"v7": 1}, 4, QUALITY)
+    assert done == book.get("red", "bot")
+    newest = book.changes("red", "bot")[0]
+    assert (newest.by, newest.restored) == ("loray", 1)
+    assert newest.reason == (
+        "quality of v8 is 0.85, 0.06 worse than the 0.91 of v7; the guard allows 0.02"
+    )
+    for _ in range(2):  # the same again
+        assert told(book, "v8", 0.85) == done
+    assert len(book.changes("red", "bot")) == 4
+    assert book.scores(done) == {"v7": 0.91, "v8": 0.85}
+
+
+def test_a_version_is_also_left_when_the_one_before_it_turns_out_better(book: AliasBook) -> None:
+    put(book, guard=QUALITY, v7=1)
+    put(book, guard=QUALITY, v8=1)
+    assert told(book, "v8", 0.5).revision == 2  # nothing to hold it against
+    assert weights(told(book, "v7", 0.9)) == {"v7": 1}
+
+
+def test_a_version_that_is_known_to_be_worse_does_not_begin(book: AliasBook) -> None:
+    put(book, v7=1)
+    put(book, guard=QUALITY, v6=1)
+    told(book, "v6", 0.9)
+    told(book, "v8", 0.1)  # before it answers anybody
+    with pytest.raises(ApiError, match=r"quality of v8 is 0\.1") as raised:
+        put(book, guard=QUALITY, v6=1, v8=1)
+    assert (raised.value.status, raised.value.code) == (409, "evaluation_failed")
+    assert book.get("red", "bot").revision == 2
+    assert len(book.changes("red", "bot")) == 2
+    told(book, "v8", 0.9)
+    assert put(book, guard=QUALITY, v6=1, v8=1).revision == 3
+    told(book, "v8", 0.1)
+    assert put(book, v6=1, v8=1).revision == 5  # nobody guards that
+    assert put(book, v6=1).revision == 6
+
+
+def test_after_going_back_to_a_state_without_a_guard_a_version_can_be_told_of_again(
+    book: AliasBook,
+) -> None:
+    put(book, v7=1)
+    put(book, guard=QUALITY, v7=1, v8=1)
+    told(book, "v7", 0.9)
+    assert told(book, "v8", 0.1).guard is None
+    with pytest.raises(ApiError, match=r"quality of v8 is 0\.1"):
+        put(book, guard=QUALITY, v7=1, v8=1)
+    told(book, "v8", 0.9)
+    assert put(book, guard=QUALITY, v7=1, v8=1).revision == 4
+
+
+def test_several_versions_are_left_at_once_where_each_is_worse(book: AliasBook) -> None:
+    put(book, guard=QUALITY, v6=1)
+    put(book, guard=QUALITY, v7=1)
+    put(book, guard=QUALITY, v8=1)
+    told(book, "v8", 0.1)
+    assert told(book, "v6", 0.9).revision == 3  # v7, between them, was not told of
+    assert weights(told(book, "v7", 0.5)) == {"v6": 1}
+    reasons = [change.reason for change in book.changes("red", "bot", limit=2)]
+    assert [reason.split(",")[0] for reason in reasons] == [
+        "quality of v7 is 0.5", "quality of v8 is 0.1",
+    ]  # fmt: skip
+
+
+def test_a_state_that_is_served_no_more_is_passed_over_for_a_score(book: AliasBook) -> None:
+    put(book, v6=1)
+    put(book, v7=1)
+    put(book, guard=QUALITY, v8=1)
+
+    def told_(model: str, value: float) -> Rollout:
+        served = ("v6", "v8")
+        return book.score("red", "bot", model, "quality", value, by="key", fixed=served)
+
+    told_("v8", 0.1)
+    assert weights(told_("v6", 0.9)) == {"v6": 1}
+
+
+def test_only_one_direction_is_worse(book: AliasBook) -> None:
+    loss = Guard(evaluation=Evaluation(metric="loss", better="lower", max_fall=0.1))
+    put(book, guard=loss, v7=1)
+    put(book, guard=loss, v7=1, v8=1)
+    told(book, "v7", 1.0, "loss")
+    assert told(book, "v8", 0.2, "loss").revision == 2
+    assert weights(told(book, "v8", 1.2, "loss")) == {"v7": 1}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_no_number_is_refused(book: AliasBook, value: float) -> None:
+    one = put(book, guard=QUALITY, v7=1)
+    with pytest.raises(ConfigError, match="finite"):
+        told(book, "v7", value)
+    assert book.scores(one) == {}
+
+
+def test_scores_are_of_metrics_models_and_aliases_that_there_are(book: AliasBook) -> None:
+    with pytest.raises(ApiError) as raised:
+        told(book, "v7", 0.5)
+    assert raised.value.status == 404
+    put(book, v7=1)
+    with pytest.raises(ApiError, match="no guard of it names one") as raised:
+        told(book, "v7", 0.5)
+    assert (raised.value.status, raised.value.param) == (400, "metric")
+    one = put(book, guard=QUALITY, v7=1)
+    for metric in ("Quality", "", "a\0", "x" * 1000):
+        with pytest.raises(ApiError, match="its guards name quality") as raised:
+            told(book, "v7", 0.5, metric)
+        assert raised.value.status == 400
+    for model in ("v99", "a\0", ""):
+        with pytest.raises(ApiError) as raised:
+            told(book, model, 0.5)
+        assert (raised.value.status, raised.value.code) == (404, "model_not_found")
+    with pytest.raises(ApiError, match="is an alias") as raised:
+        told(book, "bot", 0.5)
+    assert (raised.value.status, raised.value.param) == (400, "model")
+    with pytest.raises(ApiError) as raised:
+        book.score("blue", "bot", "v7", "quality", 0.5, by="key", fixed=FIXED)
+    assert raised.value.status == 404
+    assert book.scores(one) == {}
+
+
+def test_a_namesake_of_a_removed_alias_starts_without_scores(book: AliasBook) -> None:
+    put(book, guard=QUALITY, v7=1)
+    told(book, "v7", 0.9)
+    told(book, "v8", 0.1)
+    book.remove("red", "bot", by="key")
+    put(book, guard=QUALITY, v7=1)
+    one = put(book, guard=QUALITY, v7=1, v8=1)
+    assert book.scores(one) == {}
+
+
+def test_what_was_told_outlives_the_process(registry_url: str) -> None:
+    for is_first in (True, False):
+        opened = database.open_(registry_url)
+        book = AliasBook(opened, clock=Clock())
+        if is_first:
+            put(book, guard=QUALITY, v7=1)
+            put(book, guard=QUALITY, v7=1, v8=1)
+            told(book, "v7", 0.9)
+        else:
+            assert book.get("red", "bot").guard == QUALITY
+            assert weights(told(book, "v8", 0.5)) == {"v7": 1}
+        opened.close()
+
+
+def test_of_many_who_tell_of_a_fall_at_once_one_goes_back(book: AliasBook) -> None:
+    put(book, guard=QUALITY, v6=1)
+    put(book, guard=QUALITY, v7=1)
+    put(book, guard=QUALITY, v8=1)
+    told(book, "v7", 0.9)
+    done: list[Rollout] = []
+    threads = [
+        threading.Thread(target=lambda: done.append(told(book, "v8", 0.1))) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [weights(one) for one in done] == [{"v7": 1}] * 8
+    assert [change.revision for change in book.changes("red", "bot")] == [4, 3, 2, 1]
 
 
 async def _two(book: AliasBook, clock: Clock) -> tuple[Aliases, Aliases]:

@@ -69,6 +69,13 @@ def put_these(
     return answer.json()
 
 
+def post_any(server: Running, path: str, body: Any) -> requests.Response:
+    """With what JSON does not have: NaN stays NaN."""
+    headers = {"Content-Type": "application/json"}
+    url = f"{server.url}{path}"
+    return requests.post(url, data=json.dumps(body), headers=headers, timeout=60)
+
+
 def ask(server: Running, model: str = "bot", **fields: Any) -> Any:
     asked = {"messages": CHAT, "temperature": 0, "max_tokens": 8, **fields}
     return server.client.chat.completions.create(model=model, **asked)
@@ -157,10 +164,9 @@ def test_names_clash_nowhere(server: Running, tiny_base: Path) -> None:
     ],
 )
 def test_targets_that_cannot_be_are_refused(server: Running, targets: list[Any]) -> None:
-    body = json.dumps({"name": "bot", "targets": targets})  # json: NaN stays NaN
-    answer = requests.post(f"{server.url}/v1/aliases", data=body, timeout=60)
+    answer = post_any(server, "/v1/aliases", {"name": "bot", "targets": targets})
     assert answer.status_code == 400, answer.text
-    assert answer.json()["error"]["message"]
+    assert "targets" in answer.json()["error"]["message"]
 
 
 def test_going_back_under_traffic_fails_no_request(server: Running) -> None:
@@ -238,6 +244,119 @@ def test_what_clients_do_wrong_does_not_count(server: Running) -> None:
     until(lambda: counts(server)["v7"] == (1, 0))
 
 
+def quality(max_fall: float = 0.02, **more: Any) -> Any:
+    return {"evaluation": {"metric": "quality", "better": "higher", "max_fall": max_fall}, **more}
+
+
+def test_a_version_whose_score_falls_answers_no_more(server: Running) -> None:
+    put(server, guard=quality(), v7=1)
+    put(server, guard=quality(error_rate=0.5), v8=1)
+    assert answered_by(server) == "v8"
+
+    def tell(model: str, value: float) -> Any:
+        body = {"model": model, "metric": "quality", "value": value}
+        answer = server.post("/v1/aliases/bot/scores", body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    said = tell("v7", 0.9)
+    assert (said["targets"][0]["model"], said["targets"][0]["score"]) == ("v8", None)
+    assert said["guard"]["evaluation"] == quality()["evaluation"]
+    assert tell("v8", 0.89)["targets"][0]["score"] == 0.89
+    revision = said["revision"]
+    for _ in range(2):  # told twice, it goes back once
+        assert tell("v8", 0.5)["revision"] == revision + 1
+        assert answered_by(server) == "v7"
+    [newest, *_] = look(server)["changes"]
+    assert (newest["by"], newest["restored"]) == ("loray", revision - 1)
+    assert newest["reason"].startswith("quality of v8 is 0.5, 0.4 worse than the 0.9 of v7")
+    body = put(server, guard=quality(), v7=90, v8=10, status=409)["error"]
+    assert body["code"] == "evaluation_failed"
+    assert "loray alias evaluate" in body["message"]
+    assert answered_by(server) == "v7"
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "words"),
+    [
+        ({"value": float("nan")}, 400, "value"),
+        ({"value": float("inf")}, 400, "value"),
+        ({"value": "0.5"}, 400, "value"),
+        ({"value": None}, 400, "value"),
+        ({"value": True}, 400, "value"),
+        ({"metric": "loss"}, 400, "its guards name quality"),
+        ({"metric": ""}, 400, "metric"),
+        ({"metric": "a\0"}, 400, "metric"),
+        ({"metric": "x" * 65}, 400, "metric"),
+        ({"model": "v99"}, 404, "`v99`"),
+        ({"model": "a\0"}, 404, "model"),
+        ({"model": "bot"}, 400, "is an alias"),
+        ({"revision": 1}, 400, "Extra inputs"),
+    ],
+)
+def test_scores_that_cannot_be_are_refused(
+    server: Running, fields: dict[str, Any], status: int, words: str
+) -> None:
+    put(server, guard=quality(), v7=1)
+    put(server, guard=quality(), v8=1)
+    body = {"model": "v8", "metric": "quality", "value": 0.5, **fields}
+    answer = post_any(server, "/v1/aliases/bot/scores", body)
+    assert answer.status_code == status, answer.text
+    assert words in answer.json()["error"]["message"]
+    assert [row["score"] for row in look(server)["targets"]] == [None]
+
+
+@pytest.mark.parametrize(
+    "guard",
+    [
+        {},
+        {"min_requests": 5},
+        {"evaluation": None},
+        {"evaluation": {"metric": "loss", "max_fall": 0.1}},
+        {"evaluation": {"metric": "loss", "better": "more", "max_fall": 0.1}},
+        {"evaluation": {"metric": "loss", "better": "lower", "max_fall": -0.1}},
+        {"evaluation": {"metric": "loss", "better": "lower", "max_fall": float("nan")}},
+        {"evaluation": {"metric": "a b", "better": "lower", "max_fall": 0.1}},
+        {"evaluation": {"metric": "loss", "better": "lower", "max_fall": 0.1, "n": 1}},
+    ],
+)
+def test_guards_that_cannot_be_are_refused(server: Running, guard: dict[str, Any]) -> None:
+    body = {"name": "bot", "targets": [{"model": "v7", "weight": 1}], "guard": guard}
+    answer = post_any(server, "/v1/aliases", body)
+    assert answer.status_code == 400, answer.text
+    assert "guard" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("reason", ["a\0", "\ud800", "", "x" * 513])
+def test_reasons_that_no_registry_keeps_are_refused(server: Running, reason: str) -> None:
+    put(server, v7=1)
+    put(server, v8=1)
+    answer = post_any(server, "/v1/aliases/bot/rollback", {"reason": reason})
+    assert answer.status_code == 400, answer.text
+    assert "reason" in answer.json()["error"]["message"]
+    assert answered_by(server) == "v8"
+
+
+def test_who_lists_models_finds_aliases(server: Running) -> None:
+    put(server, v7=50, v8=50, v9=0)
+    listed = {model.id: model for model in server.client.models.list()}
+    assert {"bot", *VERSIONS} <= set(listed)
+    found = listed["bot"]
+    assert (found.object, found.owned_by) == ("model", "default")
+    assert abs(found.created - time.time()) < 60
+    assert found.model_extra == {"root": "bot", "parent": None, "alias": {"versions": ["v7", "v8"]}}
+    assert server.client.models.retrieve("bot") == found
+    assert "alias" not in (listed["v7"].model_extra or {})
+    with pytest.raises(openai.BadRequestError, match="loray alias remove"):
+        server.client.models.delete("bot")
+    assert answered_by(server) in ("v7", "v8")
+    server.client.delete("/aliases/bot", cast_to=openai.BaseModel)
+    assert "bot" not in [model.id for model in server.client.models.list()]
+    for act in (server.client.models.retrieve, server.client.models.delete):
+        with pytest.raises(openai.NotFoundError):
+            act("bot")
+
+
 def test_a_shadow_sees_requests_and_changes_no_answer(server: Running) -> None:
     put(server, v7=1)
     plain = ask(server, n=2, seed=3, temperature=1.0)
@@ -312,7 +431,7 @@ def test_a_key_opens_an_alias_by_its_name_or_by_all_of_its_versions(
                 client.chat.completions.create(model="bot", messages=CHAT, max_tokens=1)
             except openai.NotFoundError as error:
                 return error.code != "model_not_found"
-            return True
+            return "bot" in [model.id for model in client.models.list()]
 
         boss = key("boss", scopes=("admin",))
         body = {
@@ -327,20 +446,38 @@ def test_a_key_opens_an_alias_by_its_name_or_by_all_of_its_versions(
         assert may(key("all"))
         assert may(key("alias", "bot"))
         assert may(key("versions", "v7", "v8"))
-        assert not may(key("one", "v7"))
-        assert not may(key("foreign", project="blue"))
+        strangers = [key("one", "v7"), key("foreign", project="blue")]
+        for client in strangers:
+            assert not may(client)
+            assert "bot" not in [model.id for model in client.models.list()]
+            with pytest.raises(openai.NotFoundError):
+                client.models.retrieve("bot")
         with pytest.raises(openai.PermissionDeniedError):
             key("plain").post("/aliases", body=body, cast_to=openai.BaseModel)
+        score = {"model": "v8", "metric": "quality", "value": 0.1}
+        for name, rights in (("tuner", {"scopes": ("infer", "tune")}), ("user", {})):
+            with pytest.raises(openai.PermissionDeniedError):
+                key(name, **rights).post(
+                    "/aliases/bot/scores", body=score, cast_to=openai.BaseModel
+                )
         other = key("other", project="blue", scopes=("admin",))
         for act in (other.get, other.delete):
             with pytest.raises(openai.NotFoundError):
                 act("/aliases/bot", cast_to=openai.BaseModel)
-        with pytest.raises(openai.NotFoundError):
-            other.post("/aliases/bot/rollback", body={}, cast_to=openai.BaseModel)
+        for path, sent in (("rollback", {}), ("scores", score)):
+            with pytest.raises(openai.NotFoundError):
+                other.post(f"/aliases/bot/{path}", body=sent, cast_to=openai.BaseModel)
+        for client in (other, *strangers):  # nor is it said that there is one
+            with pytest.raises(openai.APIStatusError) as raised:
+                client.models.delete("bot")
+            assert raised.value.status_code in (403, 404)
 
 
 def test_the_command_sets_shows_and_rolls_back(
-    server: Running, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    server: Running,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -364,6 +501,61 @@ def test_the_command_sets_shows_and_rolls_back(
         == "support-bot is v7=1 (revision 3)"
     )
     assert "by nobody: bad tone" in call("show", "support-bot")[1]
+    guard = (
+        "--guard-metric",
+        "exact_match",
+        "--guard-better",
+        "higher",
+        "--guard-max-fall",
+        "0.02",
+    )
+    guarded = ", guarded: exact_match at most 0.02 worse than before"
+    said = call("set", "support-bot", "v7=1", *guard)[1]
+    assert said.strip() == f"support-bot is v7=1 (revision 4){guarded}"
+    assert call("evaluate", "support-bot", "v7", "exact_match=0.9")[0] == 0
+    call("set", "support-bot", "v7=90", "v8=10", *guard)
+    report = tmp_path / "report.json"
+    estimate = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 40}
+    metrics = {"loss": {**estimate, "value": 1.5}, "exact_match": estimate}
+    report.write_text(f"{json.dumps({'metrics': metrics})}\n")
+    status, said = call("evaluate", "support-bot", "v8", "--report", str(report))
+    assert status == 0
+    reason = "exact_match of v8 is 0.5, 0.4 worse than the 0.9 of v7; the guard allows 0.02"
+    assert said.splitlines() == [
+        f"support-bot is v7=1 (revision 6){guarded}", f"went back: {reason}",
+    ]  # fmt: skip
+    shown = call("show", "support-bot")[1]
+    assert f"6: v7=1 (revision 4), by loray: {reason}" in shown
+    assert "0.9" in shown
+    report.write_text('{"metrics": {"loss": {"value": 1}}}')
+    for words, expected in (
+        (("--report", str(report)), "no finite value of 'exact_match'"),
+        (("--report", str(tmp_path / "nowhere")), "cannot be read"),
+        (("--report", str(report), "exact_match=1"), "not both"),
+        ((), "not both"),
+        (("exact_match",), "is not METRIC=VALUE"),
+        (("exact_match=nan",), "is not METRIC=VALUE"),
+        (("=1",), "is not METRIC=VALUE"),
+        (("loss=1",), "its guards name exact_match"),
+    ):
+        status, said = call("evaluate", "support-bot", "v8", *words)
+        assert status != 0
+        assert expected in " ".join(said.split())
+        assert "Traceback" not in said
+    for content in (
+        "",
+        "null",
+        "[1]",
+        "{",
+        '{"metrics": {"exact_match": {"value": 1%s}}}' % ("0" * 400),
+    ):
+        report.write_text(content)
+        status, said = call("evaluate", "support-bot", "v8", "--report", str(report))
+        assert status != 0
+        assert "no finite value" in " ".join(said.split())
+    status, said = call("set", "support-bot", "v7=1", "--guard-metric", "loss")
+    assert status != 0
+    assert "--guard-better and --guard-max-fall" in " ".join(said.split())
     assert call("remove", "support-bot")[0] == 0
     for words in (
         ("show", "support-bot"),

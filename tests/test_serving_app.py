@@ -1,6 +1,7 @@
 """The doors to serving: `python -m serving` under Ray Serve, `loray adapters`, `loray keys`."""
 
 import os
+import shutil
 import signal
 import socket
 import time
@@ -13,13 +14,18 @@ import yaml
 from keys_file import add_key
 from local_cluster import free_port
 from openai import AuthenticationError, NotFoundError, OpenAI
+from postgres import PostgresServer
 from processes import call, finish, start
 from test_training_adapter import make_adapter
 
+from cluster.config import build
+from cluster.errors import ConfigError
 from cluster.registry import database
 from serving import config
+from serving.config import ServeRecipe
 
 CHAT: Any = [{"role": "user", "content": "Say red please"}]
+SECRET_URL = "postgresql://me:secret@127.0.0.1:1/x?sslpassword=secret"
 
 
 def write(directory: Path, base: Path, **sections: Any) -> tuple[Path, str]:
@@ -160,8 +166,15 @@ def test_a_server_that_is_told_to_stop_ends_its_answers_first(
         ({"limits": {"rows": 0}}, "limits.rows"),
         ({"limitz": {}}, "limits"),
         ({"keys_file": "nowhere.yaml"}, "loray keys create"),
-        ({"database": "mysql://root:secret@host/x"}, "postgresql://"),
-        ({"database": "postgresql://me:secret@127.0.0.1:1/x"}, "me:***@127.0.0.1:1"),
+        ({"database": "mysql://host/x"}, "postgresql://"),
+        ({"database": "postgresql://me:secret@127.0.0.1:1/x"}, "database: file:PATH"),
+        ({"database": "postgresql://me:secret/s@h/x"}, "env:NAME"),
+        ({"database": "postgresql://h/x?user=me&password=secret"}, "env:NAME"),
+        ({"database": ["postgresql://me:secret@h/x"]}, "postgresql://me***h/x"),
+        ({"databse": "postgresql://me:secret@h/x"}, "Did you mean 'database'"),
+        ({"database": "file:nowhere"}, "nowhere cannot be read"),
+        ({"database": "file:serve.yaml"}, "is open to others; run: chmod 600"),
+        ({"database": "env:LORAY_NOWHERE"}, "no variable 'LORAY_NOWHERE'"),
         ({"model": {"base": "demo", "quantization": "int9"}}, "int8"),
     ],
 )
@@ -175,6 +188,47 @@ def test_a_bad_serving_file_is_refused_before_anything_starts(
     assert words in err
     assert "secret" not in err
     assert time.monotonic() - started < 30
+
+
+def test_a_databases_password_stays_in_its_file_or_variable(
+    tmp_path: Path, tiny_base: Path, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = postgres.make_database()
+    password = url.split("@")[0].rsplit(":", 1)[1]
+    (tmp_path / "url").touch(0o600)
+    (tmp_path / "url").write_text(f"{url}\n")
+    monkeypatch.setenv("REGISTRY_URL", url)
+    monkeypatch.chdir(tmp_path)
+    for given in ("file:url", "env:REGISTRY_URL"):
+        path, _ = write(tmp_path, tiny_base, database=given, tuning={"storage": "runs"})
+        recipe = config.load(path)
+        assert config.database_url(recipe, tmp_path) == url
+        assert password not in repr(recipe)
+        status, out, err = call(["serving", path.name, "--config"], tmp_path)
+        assert status == 0, err
+        assert password not in out + err
+        for one in yaml.safe_load(out)["applications"]:  # what a replica is started with
+            again = build(ServeRecipe, one["args"]["recipe"], where="args")
+            assert config.database_url(again, tmp_path) == url
+        wrong = url.replace(password, "secret") + "?sslpassword=secret"
+        (tmp_path / "url").write_text(wrong)
+        monkeypatch.setenv("REGISTRY_URL", wrong)
+        status, out, err = call(["serving", path.name, "--config"], tmp_path)
+        assert status == 1
+        assert "password authentication failed" in err
+        assert "secret" not in out + err
+        (tmp_path / "url").write_text(url)
+        monkeypatch.setenv("REGISTRY_URL", url)
+
+
+@pytest.mark.parametrize("word", ["database=URL", "databse=URL", "database: URL", "database=[URL]"])
+def test_an_override_that_cannot_be_does_not_show_its_password(
+    tmp_path: Path, tiny_base: Path, word: str
+) -> None:
+    path, _ = write(tmp_path, tiny_base)
+    with pytest.raises(ConfigError, match="database") as caught:
+        config.load(path, [word.replace("URL", SECRET_URL)])
+    assert "secret" not in str(caught.value)
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path, tiny_base: Path) -> None:
@@ -244,6 +298,27 @@ def test_a_host_that_others_reach_needs_a_key_of_the_registry(
     status, out, err = call(["serving", path.name, "--config"], tmp_path)
     assert status == 0, err
     assert "0.0.0.0" in out
+
+
+def test_a_server_whose_registry_was_lost_does_not_begin_without_keys(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    path, _ = write(tmp_path, tiny_base, tuning={"storage": "runs"})
+    assert call(["serving", path.name, "--config"], tmp_path)[0] == 0
+    made(tmp_path, path, "ada")
+    shutil.rmtree(tmp_path / ".loray")
+    status, _, err = call(["serving", path.name, "--config"], tmp_path)
+    assert status == 1
+    mark = tmp_path / "runs" / "keys-were-made"
+    for words in (str(mark), "loray keys create FILE NAME", "remove what is named here"):
+        assert words in err
+    mark.unlink()
+    assert call(["serving", path.name, "--config"], tmp_path)[0] == 0
+    made(tmp_path, path, "bob")
+    (tmp_path / ".loray" / "serve" / "serve" / "registry.db").unlink()
+    assert call(["serving", path.name, "--config"], tmp_path)[0] == 1
+    made(tmp_path, path, "cleo")
+    assert call(["serving", path.name, "--config"], tmp_path)[0] == 0
 
 
 def test_the_registry_is_where_the_serving_file_says(tmp_path: Path, tiny_base: Path) -> None:

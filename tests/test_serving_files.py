@@ -176,59 +176,11 @@ def test_the_stock_client_uploads_waits_reads_lists_and_deletes(server: Running)
     assert server.names() == []
 
 
-def test_nothing_that_a_client_knows_is_missing_from_a_file(server: Running) -> None:
-    file = server.client.files.create(
-        file=("a.txt", b"x"),
-        purpose="user_data",
-        expires_after={"anchor": "created_at", "seconds": 3600},
-    )
-    assert file.expires_at == pytest.approx(file.created_at + 3600, abs=1)
-    assert file.status == "processed"
-    given = file.to_dict()
-    assert set(given) == set(FileObject.model_fields)
-    assert [name for name, value in given.items() if value is None] == ["status_details"]
-    raw = requests.get(
-        f"{server.url}/v1/files", headers={"authorization": "Bearer mine"}, timeout=9
-    )
-    assert raw.json() == {
-        "object": "list", "data": [given], "first_id": file.id, "last_id": file.id,
-        "has_more": False,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("purpose", ["assistants", "batch", "vision", "user_data", "evals"])
-def test_every_purpose_is_stored(server: Running, purpose: Any) -> None:
-    file = server.client.files.create(file=b"\0\xff", purpose=purpose)
-    assert (file.purpose, file.status, file.filename) == (purpose, "processed", "upload")
-    assert server.client.files.content(file.id).read() == b"\0\xff"
-
-
-def test_the_stock_client_walks_pages_of_any_size_in_both_orders(server: Running) -> None:
-    ids = [server.client.files.create(file=b"x", purpose="batch").id for _ in range(5)]
-    other = server.client.files.create(file=b"x", purpose="vision").id
-    for limit in (1, 2, 5, 10000):
-        found = server.client.files.list(limit=limit, purpose="batch")
-        assert [file.id for file in found] == ids[::-1]
-        found = server.client.files.list(limit=limit, order="asc")
-        assert [file.id for file in found] == [*ids, other]
-
-
 def test_a_list_that_shrinks_while_it_is_read_skips_and_repeats_nothing(server: Running) -> None:
     ids = [server.client.files.create(file=b"x", purpose="batch").id for _ in range(4)]
     page = server.client.files.list(limit=2, order="asc")
     server.client.files.delete(ids[1])
     assert [file.id for file in page.get_next_page()] == ids[2:]
-
-
-@pytest.mark.parametrize(
-    "query", ["limit=0", "limit=10001", "limit=x", "order=up", "purpose=x", "after=nothing"]
-)
-def test_a_list_that_cannot_be_is_a_400_that_names_the_parameter(
-    server: Running, query: str
-) -> None:
-    url = f"{server.url}/v1/files?{query}"
-    error = refused(requests.get(url, headers={"authorization": "Bearer mine"}, timeout=9), 400)
-    assert error["param"] == query.split("=")[0]
 
 
 def test_what_is_bad_in_training_data_is_told_with_its_line(server: Running) -> None:
@@ -240,19 +192,6 @@ def test_what_is_bad_in_training_data_is_told_with_its_line(server: Running) -> 
     assert "Line 2: " in done.status_details
     assert "Line 4: " in done.status_details
     assert server.shelf.get("mine", file.id).examples == 2
-
-
-def test_preferences_are_training_data_too(server: Running) -> None:
-    answer = [{"role": "assistant", "content": "4"}]
-    row = {
-        "input": {"messages": CHAT["messages"][:1]},
-        "preferred_output": answer,
-        "non_preferred_output": [{"role": "assistant", "content": "5"}],
-    }
-    data = json.dumps(row).encode() + b"\n"
-    file = server.client.files.create(file=("a.jsonl", data), purpose="fine-tune")
-    done = server.client.files.wait_for_processing(file.id, poll_interval=0.02)
-    assert (done.status, done.status_details) == ("processed", None)
 
 
 def zipped() -> bytes:

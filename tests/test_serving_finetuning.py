@@ -3,22 +3,23 @@
 import json
 import stat
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from process_runs import ProcessRuns
+from process_runs import ProcessRuns, make_result
 from server import Running, serving, until
 from sqlalchemy import select
-from test_training_adapter import make_adapter
 
 import loray
-from cluster import command, storage
+from cluster import command
 from cluster.errors import ConfigError
+from cluster.registry import cards
 from cluster.registry.tables import Delivery
 from serving import connection
+from serving.tuning_schema import CreateJob
+from tune_spaces import spaces
 
 LINES = b"".join(
     b'{"messages": [{"role": "user", "content": "say %d"}, '
@@ -29,17 +30,7 @@ LINES = b"".join(
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    """A ready-made result."""
-    directory = tmp_path_factory.mktemp("result")
-    bare = make_adapter(directory / "bare", tiny_base, seed=3)
-
-    def write(target: Path) -> None:
-        for path in bare.iterdir():
-            if path.suffix != ".md":
-                (target / path.name).write_bytes(path.read_bytes())
-
-    storage.commit(directory / "adapter", write, attempt="1")
-    return directory / "adapter"
+    return make_result(tmp_path_factory.mktemp("result"), tiny_base)
 
 
 @pytest.fixture
@@ -76,47 +67,118 @@ def messages(server: Running, id: str) -> list[str]:
     return [event.message for event in reversed(events)]
 
 
-def test_a_job_runs_from_upload_to_chat(server: Running) -> None:
+def test_a_job_that_is_a_search_has_the_winner_as_its_model(
+    server: Running, runs: ProcessRuns, tmp_path: Path
+) -> None:
     client = server.client
-    file = upload(client)
+    search = {"trials": 2, "space": {"lora.rank": [8, 16]}, "scheduler": "fifo"}
+    runs._words[1] = "0.3"
     job = client.fine_tuning.jobs.create(
-        model=base_of(server), training_file=file, suffix="red", metadata={"team": "x"}
+        model=base_of(server),
+        training_file=upload(client),
+        validation_file=upload(client),
+        extra_body={"search": search},
     )
-    assert job.status in ("validating_files", "queued")
+    assert job.model_extra is not None
+    assert job.model_extra["search"]["winner"] is None
+    wait(server, job.id, "running")
+    until(lambda: any(text.startswith("Trial") for text in messages(server, job.id)))
+    assert client.fine_tuning.jobs.pause(job.id).status == "paused"
+    until(lambda: not runs.alive())
+    client.fine_tuning.jobs.resume(job.id)
     done = wait(server, job.id)
     assert done.status == "succeeded", done.error
-    assert done.fine_tuned_model.startswith(f"ft:{base_of(server)}:loray:red:")
-    assert done.hyperparameters.n_epochs == 9
-    assert done.trained_tokens == 600
+    written = json.loads((tmp_path / "runs" / job.id / "job.json").read_text())
+    assert written["space"] == {"lora.rank": [8, 16]}
+    assert written["search"]["scheduler"] == "fifo"
+    assert written["search"]["seed"] == done.seed
     said = messages(server, job.id)
-    assert said[:5] == [
-        f"Created fine-tuning job: {job.id}",
-        f"Validating training file: {file}",
-        "Files validated, moving job to queued state",
-        "Fine-tuning job started",
-        "Step 1/6: training loss=2.00",
-    ]
-    assert said[-2:] == [
-        f"New fine-tuned model created: {done.fine_tuned_model}",
-        "The job has successfully completed",
-    ]
-    answer = client.chat.completions.create(
+    assert said[3] == "Fine-tuning job started"
+    first = "Trial aaa (rank 8, learning rate 6.00e-04), step 5/10: training loss=0.45, "
+    assert said.count(f"{first}eval_loss=0.45") == 1
+    assert len([text for text in said if ", step " in text]) == 4
+    assert "Trial ccc failed: its process died" in said
+    assert "Fine-tuning job goes on after the last reports of its trials" in said
+    assert said[-3].startswith("Trial bbb of 3 won: lora.rank 16; eval_loss=0.225 (the base")
+    assert done.hyperparameters.learning_rate_multiplier == 2.0
+    assert done.trained_tokens == 400
+    assert done.model_extra["lora"]["rank"] == 16
+    assert done.model_extra["search"]["winner"]["trial"] == "bbb"
+    assert client.files.content(done.result_files[0]).text.startswith("trial,rank\n")
+    assert client.chat.completions.create(
         model=done.fine_tuned_model, messages=[{"role": "user", "content": "hi"}], max_tokens=3
-    )
-    assert answer.model == done.fine_tuned_model
-    checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id).data
-    assert [one.step_number for one in checkpoints] == [6, 4, 2]
-    assert checkpoints[0].metrics.train_loss == pytest.approx(2 / 6)
-    client.completions.create(
-        model=checkpoints[2].fine_tuned_model_checkpoint, prompt="a", max_tokens=2
-    )
-    results = client.files.content(done.result_files[0]).text.splitlines()
-    assert results[0].startswith("step,train_loss,train_accuracy,valid_loss")
-    assert len(results) == 7
-    assert done.fine_tuned_model in [model.id for model in client.models.list()]
-    assert client.models.delete(done.fine_tuned_model).deleted
-    with pytest.raises(openai.NotFoundError):
-        client.models.retrieve(done.fine_tuned_model)
+    ).choices
+    until(lambda: "succeeded" in (tmp_path / "runs" / job.id / "card.json").read_text())
+    card = cards.read(tmp_path / "runs" / job.id)
+    assert card is not None
+    assert card.result == "best"
+
+
+@pytest.mark.parametrize("end", ["succeeded", "cancelled while it runs", "cancelled in a pause"])
+def test_a_job_at_its_end_holds_only_what_is_of_use(
+    server: Running, runs: ProcessRuns, tmp_path: Path, end: str
+) -> None:
+    runs._words[1] = "0.02" if end == "succeeded" else "0.3"
+    jobs = server.client.fine_tuning.jobs
+    id = jobs.create(model=base_of(server), training_file=upload(server.client)).id
+    directory = tmp_path / "runs" / id
+    if end == "succeeded":
+        wait(server, id)
+    else:
+        until(lambda: (directory / "checkpoints" / "fake-step").exists())
+        if end == "cancelled in a pause":
+            jobs.pause(id)
+            until(lambda: not runs.alive())
+            assert (directory / "training_file.jsonl").exists()
+        jobs.cancel(id)
+    until(lambda: not (directory / "checkpoints").exists())
+    assert not (directory / "training_file.jsonl").exists()
+    assert (directory / "adapters").exists()
+    assert (directory / "events.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"search": {"trials": 0}}, "search.trials"),
+        ({"search": {"trials": 257}}, "search.trials"),
+        ({"search": {"space": "no_such"}}, "rank_lr"),
+        ({"search": {"space": {}}}, "search.space"),
+        ({"search": {"space": {"lora.rank": []}}}, "search.space"),
+        ({"search": {"space": {"lora.rank": [1, 512]}}}, "256"),
+        ({"search": {"space": {"lora.rank": list(range(1, 66))}}}, "65 choices"),
+        ({"search": {"space": {"lora.rank": {"choices": [1] * 65}}}}, "65 choices"),
+        ({"search": {"space": {"optim.epochs": [1, 1000]}}}, "optim.epochs cannot vary"),
+        ({"search": {"space": {"model.base": ["/etc"]}}}, "model.base"),
+        ({"search": {"searcher": "grid", "sampler": "gp"}}, "sampler"),
+        ({"search": {"mode": "solo"}}, "mode"),
+        ({"search": {"metric": "eval_loss"}}, "validation_file"),
+        ({"search": {"metric": "train_loss"}, "method": {"type": "dpo"}}, "supervised"),
+        ({"search": {"metric": "train_loss"}, "lora": {"rank": 8}}, "lora.rank is given"),
+        (
+            {
+                "search": {"metric": "train_loss"},
+                "hyperparameters": {"learning_rate_multiplier": 2},
+            },
+            "hyperparameters.learning_rate_multiplier is given",
+        ),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused_with_the_reason(
+    shared: tuple[Running, str], fields: dict[str, Any], words: str
+) -> None:
+    server, file = shared
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.client.fine_tuning.jobs.create(
+            model=base_of(server), training_file=file, extra_body=fields
+        )
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize("space", sorted(spaces.NAMED))
+def test_every_named_space_can_be_searched_over_http(space: str) -> None:
+    body = {"model": "m", "training_file": "t", "validation_file": "v"}
+    assert CreateJob.model_validate({**body, "search": {"space": space}}).search is not None
 
 
 def test_a_job_that_is_paused_goes_on_where_it_was(
@@ -233,44 +295,6 @@ def test_a_stored_key_goes_to_no_other_server(
         connection.connect(None, None)
 
 
-@pytest.mark.parametrize(
-    ("fields", "status", "param"),
-    [
-        ({"model": "gpt-9"}, 404, "model"),
-        ({"training_file": "file-none"}, 400, "training_file"),
-        ({"validation_file": "file-none"}, 400, "validation_file"),
-        ({"suffix": "a/b"}, 400, "suffix"),
-        ({"suffix": ""}, 400, "suffix"),
-        ({"suffix": "x" * 65}, 400, "suffix"),
-        ({"seed": -1}, 400, "seed"),
-        ({"hyperparameters": {"n_epochs": 51}}, 400, None),
-        ({"hyperparameters": {"batch_size": 0}}, 400, None),
-        ({"hyperparameters": {"learning_rate_multiplier": 0}}, 400, None),
-        ({"hyperparameters": {"epochs": 1}}, 400, "hyperparameters"),
-        ({"method": {"type": "reinforcement", "reinforcement": {}}}, 400, "method"),
-        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 3}}}}, 400, None),
-        ({"method": {"type": "dpo", "supervised": {}}}, 400, "method"),
-        ({"metadata": {"k": "v" * 513}}, 400, "metadata.k"),
-        ({"metadata": {str(n): "" for n in range(17)}}, 400, "metadata"),
-        ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, 400, "integrations"),
-        ({"extra_body": {"lora": {"rank": 0}}}, 400, "lora.rank"),
-        ({"extra_body": {"lora": {"variant": "dora"}}}, 400, "lora.variant"),
-        ({"extra_body": {"search": {"trials": 4}}}, 400, None),
-        ({"extra_body": {"colour": "red"}}, 400, None),
-    ],
-)
-def test_a_request_that_cannot_be_is_refused_with_the_place(
-    shared: tuple[Running, str], fields: dict[str, Any], status: int, param: str | None
-) -> None:
-    server, file = shared
-    body = {"model": base_of(server), "training_file": file, **fields}
-    with pytest.raises(openai.APIStatusError) as caught:
-        server.client.fine_tuning.jobs.create(**body)
-    assert caught.value.status_code == status, caught.value.message
-    if param is not None:
-        assert caught.value.param == param
-
-
 @pytest.fixture(scope="module")
 def shared(
     tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, module_registry_url: str
@@ -280,72 +304,6 @@ def shared(
     tuning = {"storage": str(directory / "runs")}
     with serving(directory, tiny_base, tuning=tuning, database=module_registry_url) as running:
         yield running, upload(running.client)
-
-
-def test_the_same_request_twice_is_one_job(shared: tuple[Running, str]) -> None:
-    server, file = shared
-
-    def create(suffix: str, key: str | None = None) -> str:
-        headers = {"Idempotency-Key": key} if key else {}
-        return server.client.fine_tuning.jobs.create(
-            model=base_of(server), training_file=file, suffix=suffix, extra_headers=headers
-        ).id
-
-    first = create("a")
-    assert create("a") == first
-    assert create("b") != first
-    kept = create("c", "key")
-    assert create("c", "key") == kept
-    with pytest.raises(openai.ConflictError, match="another request"):
-        create("d", "key")
-    with ThreadPoolExecutor(8) as pool:
-        assert len(set(pool.map(lambda _: create("together"), range(8)))) == 1
-
-
-def test_lists_page_exactly_and_choose_by_metadata(shared: tuple[Running, str]) -> None:
-    server, file = shared
-    jobs = server.client.fine_tuning.jobs
-    made = [
-        jobs.create(
-            model=base_of(server), training_file=file, metadata={"team": "x", "n": str(n)}
-        ).id
-        for n in range(7)
-    ]
-    plain = jobs.create(model=base_of(server), training_file=file, seed=4).id
-    for limit in (1, 2, 7, 100):
-        found = [job.id for job in jobs.list(limit=limit, metadata={"team": "x"})]
-        assert found == made[::-1]
-    assert [job.id for job in jobs.list(metadata={"team": "x", "n": "3"})] == [made[3]]
-    without = [job.id for job in jobs.list(extra_query={"metadata": "null"})]
-    assert plain in without
-    assert not set(made) & set(without)
-    with pytest.raises(openai.BadRequestError):
-        jobs.list(after="ftjob-none")
-    for id in ("ftjob-none", "ftjob-" + "0" * 24, "%00"):
-        with pytest.raises(openai.NotFoundError):
-            jobs.retrieve(id)
-
-
-@pytest.mark.parametrize(
-    ("content", "code", "words"),
-    [
-        (LINES[:-1].rsplit(b"\n", 9)[0] + b"\n", "invalid_n_examples", "must have at least 10"),
-        (LINES + b"{}\n", "invalid_training_file", "Line 13"),
-        (b"PK\x03\x04" + b"0" * 100, "invalid_training_file", "zip"),
-        (b"[" * 10000, "invalid_training_file", "nested"),
-    ],
-)
-def test_a_file_that_cannot_be_trained_on_ends_the_job(
-    server: Running, content: bytes, code: str, words: str
-) -> None:
-    file = upload(server.client, content)
-    job = server.client.fine_tuning.jobs.create(model=base_of(server), training_file=file)
-    done = wait(server, job.id)
-    assert done.status == "failed"
-    assert (done.error.code, done.error.param) == (code, "training_file")
-    assert words in done.error.message
-    assert done.finished_at
-    assert messages(server, job.id)[-1].startswith("The job failed: ")
 
 
 def test_a_training_file_that_is_deleted_while_queued_ends_the_job(

@@ -43,17 +43,6 @@ def ids_of(running: Running, text: str) -> list[int]:
     return running.replica.service.base.tokenizer(text).input_ids
 
 
-def test_models_are_listed_retrieved_and_described(running: Running, base: str) -> None:
-    names = [model.id for model in running.client.models.list()]
-    assert names == [base, "team/first:v1"]
-    one = running.client.models.retrieve("team/first:v1")
-    assert (one.object, one.model_extra["parent"]) == ("model", base)  # pyright: ignore
-    with pytest.raises(openai.NotFoundError) as raised:
-        running.client.models.retrieve("nobody")
-    assert raised.value.code == "model_not_found"
-    assert raised.value.request_id
-
-
 def test_a_chat_is_answered_whole_and_in_pieces_alike(running: Running, base: str) -> None:
     texts: dict[str, str] = {}
     for model in (base, "team/first:v1"):
@@ -340,6 +329,21 @@ def test_auto_measures_both_ways_and_serves_one(tmp_path: Path, tiny_base: Path)
         assert (row["is_loaded"], row["error"]) == (True, None)
         own, base = (ask(running, name) for name in ("either", running.replica.service.base.name))
         assert own.choices[0].message.content != base.choices[0].message.content
+
+
+def test_an_error_in_the_middle_of_a_stream_is_its_last_event_and_is_logged(
+    tmp_path: Path, tiny_base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(tmp_path, tiny_base) as running:
+        engine = running.replica.service.base.engine
+        stream = ask(running, running.replica.service.base.name, stream=True, max_tokens=400)
+        next(stream)
+        engine._bare.forward = None  # pyright: ignore
+        with pytest.raises(openai.APIError, match="The server had an error") as raised:
+            list(stream)
+        assert raised.value.type == "server_error"
+        lines = [one.getMessage() for one in caplog.records if one.name == "serving.problems"]
+        assert [stream.response.headers["x-request-id"] in line for line in lines] == [True]
 
 
 def test_a_dead_engine_is_told_and_shown(tmp_path: Path, tiny_base: Path) -> None:

@@ -69,6 +69,9 @@ def make_app() -> FastAPI:
             "late": problems.rate_limited(7, "Too many requests."),
             "tree": errors.AdapterError("adapter a: rank 999 is above 256"),
             "conflict": errors.RunInUseError("run r is alive"),
+            "disk": errors.StorageError("/srv/runs/r is full"),
+            "adapter": errors.AdapterError("/srv/runs/r/adapter is empty"),
+            "data": errors.DataError("/srv/of/a/prompt"),
             "bug": KeyError(SECRET),
             "http": HTTPException(418, "short and stout", {"x-pot": "tea"}),
             "http404": HTTPException(404, "gone for good"),
@@ -231,7 +234,6 @@ def test_a_401_says_how_to_authenticate() -> None:
         (errors.AdapterError("why"), 400, "invalid_request_error", "invalid_adapter"),
         (errors.RunInUseError("why"), 409, "invalid_request_error", "run_in_use"),
         (errors.ResourceError("why"), 507, "server_error", "insufficient_resources"),
-        (errors.ClusterError("why"), 503, "server_error", "cluster_unavailable"),
     ],
 )
 def test_errors_of_the_tree_keep_status_code_and_message(
@@ -240,6 +242,33 @@ def test_errors_of_the_tree_keep_status_code_and_message(
     given_status, body, _ = of_exception(error)
     assert given_status == status
     assert body["error"] == {"message": "why", "type": kind, "param": None, "code": code}
+
+
+@pytest.mark.parametrize(
+    "kind", [errors.LorayError, errors.StorageError, errors.TrainingError, errors.ClusterError]
+)
+def test_what_is_wrong_with_the_server_is_told_plainly(kind: type[errors.LorayError]) -> None:
+    status, body, _ = of_exception(kind("/srv/runs is full"))
+    assert (status, body["error"]["code"]) == (kind.status, kind.code)
+    assert body["error"]["type"] == "server_error"
+    assert body["error"]["message"].startswith("The server had an error while processing")
+    assert "runs" not in body["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("/srv/runs/a/adapter: no config", "adapter: no config"),
+        ("at '/srv/my runs/x' (~/y/z), /data/", "at 'my runs/x' (z), data/"),
+        ("path=/a/b.jsonl:13", "path=b.jsonl:13"),
+        ("ft:meta/llama:loray::x and/or 1 / 2", "ft:meta/llama:loray::x and/or 1 / 2"),
+        ("see https://h/a/b or ./c/d", "see https://h/a/b or ./c/d"),
+    ],
+)
+def test_a_client_sees_no_path_of_the_server(text: str, told: str) -> None:
+    for error in (errors.AdapterError(text), errors.ResourceError(text)):
+        assert of_exception(error)[1]["error"]["message"] == told
+    assert of_exception(ApiError(text))[1]["error"]["message"] == text  # written for clients
 
 
 @pytest.mark.parametrize("error", [KeyError(SECRET), ValueError(SECRET), RecursionError(SECRET)])
@@ -404,6 +433,7 @@ def test_a_wrong_method_is_a_405_that_says_which_are_right(client: TestClient) -
         ("/raise/late", 429, "rate_limit_exceeded"),
         ("/raise/tree", 400, "invalid_adapter"),
         ("/raise/conflict", 409, "run_in_use"),
+        ("/raise/disk", 500, "storage_error"),
         ("/raise/bug", 500, None),
         ("/raise/http", 418, None),
         ("/raise/http404", 404, None),
@@ -438,11 +468,23 @@ def test_a_bug_is_logged_by_kind_and_place_and_never_by_its_text(
     assert f"at={__file__}:" in line
 
 
+@pytest.mark.parametrize("name", ["disk", "adapter"])
+def test_what_a_client_is_not_told_is_logged_with_the_requests_id(
+    client: TestClient, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    response = client.get(f"/raise/{name}")
+    assert "/srv" not in response.text
+    (record,) = [one for one in caplog.records if one.name == "serving.problems"]
+    assert f"request_id={response.headers['x-request-id']} " in record.getMessage()
+    assert "/srv/runs/r" in record.getMessage()
+
+
 def test_what_a_client_does_wrong_is_not_logged(
     client: TestClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.DEBUG, logger="serving"):
         client.get("/raise/model")
+        client.get("/raise/data")
         client.post("/echo", json={"texts": SECRET})
     assert not caplog.records
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import openai
 import pytest
 import requests
 from server import Running, serving, until
@@ -271,16 +270,6 @@ def test_what_is_too_much_is_told_when_to_come_again(running: Running, kind: str
         refused += 1
         if refused == 4:
             break
-
-
-def test_the_stock_client_raises_its_rate_limit_error(running: Running) -> None:
-    key = keys.create(running.database, Rights(name="ada", tokens_per_day=1), now=time.time())
-    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key=key, max_retries=0, timeout=60)
-    base = running.replica.service.base.name
-    client.completions.create(model=base, prompt="a", max_tokens=1)
-    with pytest.raises(openai.RateLimitError) as raised:
-        client.completions.create(model=base, prompt="a", max_tokens=1)
-    assert raised.value.type == "tokens"
 
 
 def test_tokens_of_clients_that_go_away_are_counted(running: Running) -> None:

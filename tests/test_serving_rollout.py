@@ -3,13 +3,14 @@
 import math
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigError
-from serving.rollout import Count, Guard, Rollout, Target, breach, check
+from serving.rollout import Count, Evaluation, Guard, Rollout, Target, breach, check, fallen
 
 USERS = [f"user-{number}" for number in range(10_000)]
 
@@ -122,6 +123,88 @@ def test_targets_among_which_nobody_can_choose_are_refused(
 def test_guards_that_say_nothing_are_refused(rate: float, least: int) -> None:
     with pytest.raises(ConfigError, match="guard"):
         Guard(error_rate=rate, min_requests=least)
+
+
+@pytest.mark.parametrize(
+    ("metric", "better", "max_fall", "words"),
+    [
+        ("", "higher", 0.1, "metric"),
+        ("x" * 65, "higher", 0.1, "metric"),
+        ("loss", "Lower", 0.1, "better is 'Lower'"),
+        ("loss", "lower", -0.1, "max_fall is -0.1"),
+        ("loss", "lower", math.nan, "max_fall is nan"),
+        ("loss", "lower", math.inf, "max_fall is inf"),
+    ],
+)
+def test_evaluations_that_cannot_be_are_refused(
+    metric: str, better: Any, max_fall: float, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Evaluation(metric=metric, better=better, max_fall=max_fall)
+    with pytest.raises(ConfigError, match="guards nothing"):
+        Guard()
+
+
+def evaluation(max_fall: float = 0.02, better: Any = "higher") -> Evaluation:
+    return Evaluation(metric="quality", better=better, max_fall=max_fall)
+
+
+@pytest.mark.parametrize(
+    ("better", "max_fall", "before", "after", "is_fallen"),
+    [
+        ("higher", 0.02, 0.91, 0.89, False),  # in floats a difference of 0.02000000000000002
+        ("higher", 0.02, 0.91, 0.8899, True),
+        ("higher", 0.02, 0.91, 0.99, False),
+        ("lower", 0.02, 0.91, 0.93, False),
+        ("lower", 0.02, 0.91, 0.9301, True),
+        ("lower", 0.02, 0.91, 0.1, False),
+        ("higher", 0.0, 0.3, 0.1 + 0.1 + 0.1, False),
+        ("higher", 0.0, 0.1 + 0.1 + 0.1, 0.3, False),
+        ("higher", 0.0, 0.3, 0.2999, True),
+        ("higher", 0.5, -1.0, -1.6, True),
+        ("higher", 1.0, 1e308, -1e308, True),
+        ("lower", 1.0, 1e308, -1e308, False),
+    ],
+)
+def test_a_fall_is_what_is_more_than_allowed_in_the_worse_direction(
+    better: Any, max_fall: float, before: float, after: float, is_fallen: bool
+) -> None:
+    found = evaluation(max_fall, better).fall(before, after)
+    assert (found is not None) == is_fallen
+
+
+def states(*rows: dict[str, float]) -> list[list[Target]]:
+    return [[Target(model=m, weight=w) for m, w in row.items()] for row in rows]
+
+
+def test_a_version_is_held_against_the_one_that_it_follows() -> None:
+    scores = {"v6": 0.9, "v7": 0.91, "v8": 0.8}
+    ramp = states({"v8": 1}, {"v7": 1, "v8": 1}, {"v7": 90, "v8": 10}, {"v6": 5, "v7": 95})
+    found = fallen(evaluation(), ramp, scores)
+    assert found is not None
+    assert found[0] == 3  # the newest without it
+    assert found[1] == (
+        "quality of v8 is 0.8, 0.11 worse than the 0.91 of v7; the guard allows 0.02"
+    )
+    assert fallen(evaluation(0.2), ramp, scores) is None
+    assert fallen(evaluation(), ramp, {"v8": 0.8, "v6": 0.9}) is None  # v7 was not told of
+    assert fallen(evaluation(), ramp, {"v7": 0.9}) is None
+    assert fallen(evaluation(), ramp[:3], scores) is None  # v8 was there from the beginning
+
+
+def test_one_who_goes_back_to_an_old_version_is_not_sent_forth() -> None:
+    scores = {"v7": 0.1, "v8": 0.9}
+    assert fallen(evaluation(), states({"v7": 1}, {"v8": 1}, {"v7": 1}), scores) is None
+
+
+def test_the_worst_of_several_new_versions_goes_and_shadows_are_not_judged() -> None:
+    scores = {"v7": 0.9, "v8": 0.91, "v9": 0.1}
+    now = states({"v7": 1, "v8": 1, "v9": 1}, {"v7": 1, "v8": 1}, {"v7": 1})
+    found = fallen(evaluation(), now, scores)
+    assert found is not None
+    assert found[0] == 1
+    now[0] = [*now[1], Target(model="v9", is_shadow=True)]
+    assert fallen(evaluation(), now, scores) is None
 
 
 def test_a_guard_needs_enough_requests_and_too_many_errors() -> None:

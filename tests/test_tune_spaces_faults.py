@@ -72,7 +72,7 @@ def reports(directory: Path, *, may_fail: bool = False) -> dict[str, list[tuple[
     """
     found: dict[str, list[tuple[float, ...]]] = {}
     for event in EventReader(directory / "events.jsonl").read():
-        assert may_fail or event.kind != "failed", event.text("message")
+        assert may_fail or event.kind != "trial_failed", event.text("message")
         if event.kind == "result":
             row = tuple(event.number(n) for n in ("supervised_tokens", "train_loss", "value"))
             found.setdefault(str(event.fields["params"]), []).append(row)

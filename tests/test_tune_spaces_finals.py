@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from cluster import config
+from cluster.errors import ClusterError
 from training.config import TrainRecipe
 from tune_spaces import config as search_config
 from tune_spaces import finals
-from tune_spaces.hall import Hall, mean_filled
+from tune_spaces.hall import Hall, mean_filled, places_of
 from tune_spaces.trial import Spec, recipe_of
 
 ITEMS = 40
@@ -196,3 +197,27 @@ def test_mean_seats_are_weighted_by_time() -> None:
     assert mean_filled([]) == 0.0
     assert mean_filled([(0.0, 3)]) == 3.0
     assert mean_filled([(0.0, 1), (1.0, 4), (4.0, 0)]) == pytest.approx(13 / 4)
+
+
+def node(id: str, *, cpus: int, gpus: int = 0, is_alive: bool = True) -> dict[str, Any]:
+    return {"NodeID": id * 56, "Alive": is_alive, "Resources": {"CPU": cpus, "GPU": gpus}}
+
+
+def test_a_bench_has_a_free_gpu_or_a_node_without_any() -> None:
+    nodes = [
+        node("a", cpus=8, gpus=4),
+        node("b", cpus=8, gpus=1),
+        node("c", cpus=4),
+        node("d", cpus=4, is_alive=False),
+        node("e", cpus=0),
+    ]
+    free = {"a" * 56: {"CPU": 7, "GPU": 3}, "b" * 56: {"CPU": 8}, "c" * 56: {"CPU": 3}}
+    places = places_of(nodes, free)
+    assert [(place.num_cpus, place.num_gpus, place.threads) for place in places] == [
+        (1.0, 1, 2),
+        (1.0, 1, 2),
+        (1.0, 1, 2),
+        (2.0, 0, 4),
+    ]
+    with pytest.raises(ClusterError, match="free GPU"):
+        places_of(nodes[1:2], free)

@@ -22,7 +22,7 @@ EVENTS = (
     result("aaa", 50, 2.0),
     result("bbb", 50, 3.0, reason="diverged: eval loss 9.1, the base model's is 3.0"),
     result("aaa", 100, 1.5, is_finished=True),
-    Event(kind="failed", time_s=0.0, fields={"trial": "ccc", "message": "its process died"}),
+    Event(kind="trial_failed", time_s=0.0, fields={"trial": "ccc", "message": "its process died"}),
     result("ddd", 25, float("nan")),
     result("eee", 25, 4.0),
     Event(kind="stopped", time_s=0.0, fields={"trial": "eee", "reason": "by asha"}),

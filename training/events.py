@@ -9,11 +9,12 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster import storage
+from cluster.errors import FencedError, LorayError, StorageError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +94,21 @@ def parse(block: bytes) -> Iterator[Event]:
         except (ValueError, KeyError, AttributeError, TypeError):
             continue
         yield event
+
+
+@contextmanager
+def telling_of_failure(path: Path) -> Iterator[None]:
+    """Write the event of an error that nobody else has told of since the block began."""
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        yield
+    except FencedError:
+        raise
+    except LorayError as error:
+        if all(event.kind != "failed" for event in EventReader(path, offset=before).read()):
+            with suppress(StorageError), closing(EventLog(path)) as events:
+                events.write("failed", sync=True, code=error.code, message=str(error))
+        raise
 
 
 def _last_byte(path: Path) -> bytes:

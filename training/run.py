@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,8 +22,6 @@ from cluster import __version__, config, ownership, session, storage
 from cluster.errors import (
     ClusterError,
     ConfigError,
-    FencedError,
-    LorayError,
     ResourceError,
     StorageError,
 )
@@ -31,7 +29,7 @@ from cluster.lease import Lease
 from training import checkpoint, dataset, loop, memory, model, sinks, special_ids, strategy, worker
 from training.config import ScaleConfig, TrainRecipe
 from training.dataset import Dataset
-from training.events import Event, EventLog, EventReader
+from training.events import Event, EventReader, telling_of_failure
 from training.mirror import Mirror
 from training.segments import SegmentReader
 
@@ -73,7 +71,7 @@ def train(
     with (
         ownership.RunLock(run_dir),
         mirror.held() if mirror else nullcontext() as lease,
-        nullcontext() if mirror else _telling_of_failure(run_dir),
+        nullcontext() if mirror else telling_of_failure(run_dir / "events.jsonl"),
     ):
         _clean(run_dir)
         if mirror is not None:
@@ -113,22 +111,6 @@ def train(
             mirror.fetch_adapter()
         from_step = int(last["first started"].number("from_step"))
         return _result(run_dir, mirror, last["finished"], resumed_from=from_step, started=started)
-
-
-@contextmanager
-def _telling_of_failure(run_dir: Path) -> Iterator[None]:
-    """Write the event of an error that no worker could tell of."""
-    path = run_dir / "events.jsonl"
-    before = _size(path)
-    try:
-        yield
-    except FencedError:
-        raise
-    except LorayError as error:
-        if all(event.kind != "failed" for event in EventReader(path, offset=before).read()):
-            with suppress(StorageError), closing(EventLog(path)) as events:
-                events.write("failed", sync=True, code=error.code, message=str(error))
-        raise
 
 
 def _locate(recipe: TrainRecipe) -> tuple[TrainRecipe, Path, Mirror | None]:

@@ -185,19 +185,24 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Search:
 
     Raises ConfigError as a recipe does, and for a space or a search that cannot be used.
     """
-    tree = config.read(path)
+    return build(config.read(path), overrides, where=str(path))
+
+
+def build(tree: dict[str, Any], overrides: Sequence[str] = (), *, where: str) -> Search:
+    """The same of a file's tree; where: begins what an error says."""
     for override in overrides:
         config.apply_override(_Words, tree, override)
+    tree = dict(tree)
     spec = tree.pop("space", None)
     spec = "rank_lr" if spec is None else spec
-    words = config.build(_Words, tree, where=str(path))
+    words = config.build(_Words, tree, where=where)
     fields = dataclasses.fields(TrainRecipe)
     recipe = TrainRecipe(**{field.name: getattr(words, field.name) for field in fields})
     try:
         space = parse(spec, recipe, words.search.mode)
         return Search(recipe=recipe, space=space, search=words.search, space_spec=spec)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def plain(search: Search) -> dict[str, Any]:

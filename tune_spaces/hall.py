@@ -107,7 +107,7 @@ class Hall:
         through.
         """
         namespace = f"loray-search-{recipe.name}"
-        places = _places()
+        places = places_of(ray.nodes(), available_resources_per_node())
         actors: list[Any] = []
         names = tuple(f"bench{number}" for number in range(len(places)))
         for name in names:  # of the driver that this one goes on for
@@ -330,7 +330,7 @@ def _is_trained(recipe: TrainRecipe) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Place:
+class Place:
     """Where a bench goes."""
 
     strategy: Any
@@ -339,30 +339,39 @@ class _Place:
     num_gpus: int
 
 
-def _places() -> list[_Place]:
-    """One for each GPU, or for each node where there are none."""
-    available: Any = available_resources_per_node()
-    places: list[_Place] = []
-    for node in ray.nodes():
+def places_of(
+    nodes: Sequence[Mapping[str, Any]], available: Mapping[str, Mapping[str, float]]
+) -> list[Place]:
+    """One for each free GPU, or for each node where there are none.
+
+    nodes: as `ray.nodes()`. available: what is free of each, by its id. Raises ClusterError.
+    """
+    places: list[Place] = []
+    for node in nodes:
         if not node["Alive"]:
             continue
         cpus, gpus = int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0))
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         # What others hold, such as a server, they keep for as long as they like. Trials are
         # processes too, which ask for a hundredth of a core each.
-        free = int(available.get(node["NodeID"], {}).get("CPU", 0))
-        rest = float(free - 1) if free > 1 else 0.5
+        free = available.get(node["NodeID"], {})
+        free_cpus = int(free.get("CPU", 0))
+        rest = float(free_cpus - 1) if free_cpus > 1 else 0.5
+        number = int(free.get("GPU", 0)) if gpus else 1
         places += [
-            _Place(
+            Place(
                 strategy=strategy,
                 threads=max(1, cpus // max(1, gpus)),
                 num_cpus=rest if not gpus else min(1.0, rest),
                 num_gpus=min(1, gpus),
             )
-            for _ in range(max(1, gpus) if cpus else 0)
+            for _ in range(number if cpus else 0)
         ]
     if not places:
-        raise ClusterError("no node of the cluster has a CPU for a bench; start one with CPUs")
+        raise ClusterError(
+            "no node of the cluster has a CPU or a free GPU for a bench; start one, or end what "
+            "holds the GPUs"
+        )
     return places
 
 

@@ -17,6 +17,11 @@ from cluster import storage
 from cluster.config import nearest
 from cluster.errors import StorageError
 
+RESULT = "result.json"
+"""What `--json` prints: there once a search is complete."""
+BEST = "best"
+"""Directory of the winner's adapter."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Space:

@@ -45,11 +45,16 @@ class Trials:
     """(supervised tokens, training loss, metric, seconds since the start) of each report."""
     errors: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def real_tokens(self) -> int:
+        """Of all trials together."""
+        return int(sum(result.get("real_tokens", 0) for result in self.last.values()))
+
     def note(self, event: Event) -> None:
         """Take in one event of the search: a result, or a trial's failure."""
         fields = event.fields
         trial = event.text("trial")
-        if event.kind == "failed":
+        if event.kind == "trial_failed":
             self.errors[trial] = event.text("message")
         if event.kind == "stopped":
             self.last[trial]["reason"] = event.text("reason")
@@ -112,7 +117,7 @@ class Recorder(Callback):
         """Keep why a trial's process failed."""
         assert self._events is not None
         reason = str(trial.get_error() or "its process died").strip().splitlines()[-1]
-        self._events.write("failed", trial=trial.trial_id, message=reason)
+        self._events.write("trial_failed", trial=trial.trial_id, message=reason)
         self._told()
 
 
@@ -166,10 +171,10 @@ def _cost(hall: AnyHall, trials: Trials, tuned_s: float | None) -> records.Cost 
     if tuned_s is None or not alone:
         return None
     load_s = max(each.load_s for each in hall.capacities)
-    tokens = sum(result.get("real_tokens", 0) for result in trials.last.values())
+    one_by_one_s = len(trials.last) * load_s + trials.real_tokens / sum(alone)
     return records.Cost(
         measured_s=round(load_s + tuned_s, 1),
-        one_process_per_trial_s=round(len(trials.last) * load_s + tokens / sum(alone), 1),
+        one_process_per_trial_s=round(one_by_one_s, 1),
         how=(
             f"Both by this search's own clock, without finals: its probe saw {alone[0]:.0f} real "
             f"tokens/s with one seat on a bench, and loading base and data took {load_s:.1f} s, "

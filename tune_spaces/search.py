@@ -26,7 +26,7 @@ from cluster.errors import ConfigError, TrainingError
 from training import run, worker
 from training.config import TrainRecipe
 from training.evaluate import Estimate
-from training.events import EventLog, EventReader
+from training.events import EventLog, EventReader, telling_of_failure
 from tune_spaces import config as search_config
 from tune_spaces import decades, finals, loggers, report, results, spaces
 from tune_spaces import record as records
@@ -48,8 +48,6 @@ from tune_spaces.spaces import Space
 from tune_spaces.trial import Spec
 
 _SPEC = "spec.json"
-_RESULT = "result.json"
-"""What `--json` prints: there once a search is complete."""
 _REPORTS = 8
 """Reports of a trial, unless search.report_every_tokens says otherwise."""
 _READY_TIMEOUT_S = 900.0
@@ -87,11 +85,11 @@ def search(
         make_scheduler(chosen.search, space, budget=2, report=1)  # refuses before Ray is started
     loggers.require(chosen.search)
     storage.make_directory(directory)
-    with ownership.RunLock(directory):
+    with ownership.RunLock(directory), telling_of_failure(directory / "events.jsonl"):
         _claim(directory, chosen, resume=resume)
-        if (directory / _RESULT).exists():
+        if (directory / records.RESULT).exists():
             say(f"this search is complete: {report.answer(records.read(directory))}")
-            return json.loads((directory / _RESULT).read_text(encoding="utf-8"))
+            return json.loads((directory / records.RESULT).read_text(encoding="utf-8"))
         run.inspect(recipe, say)
         for warning in spaces.warnings_for(chosen.space, recipe):
             say(f"warning: {warning}")
@@ -159,8 +157,8 @@ def _search(
             f"no trial finished: {'; '.join(reasons) or 'none was started'}. Lower the learning "
             f"rates of the space, or raise search.budget_tokens; see {directory / 'report.html'}"
         )
-    result = _result(directory, record, outcome, hall, started)
-    storage.write_file(directory / _RESULT, json.dumps(result, indent=1).encode())
+    result = _result(directory, record, outcome, hall, trials, started)
+    storage.write_file(directory / records.RESULT, json.dumps(result, indent=1).encode())
     return result
 
 
@@ -335,7 +333,8 @@ def _keep_best(directory: Path, outcome: finals.Outcome) -> None:
         for name in manifest.files:
             shutil.copyfile(source / name, target / name)
 
-    storage.commit(directory / "best", write, attempt="search", info=manifest.info, replace=True)
+    target = directory / records.BEST
+    storage.commit(target, write, attempt="search", info=manifest.info, replace=True)
     again = replace(outcome.recipe, name=f"{directory.name}-best", storage=str(directory.parent))
     text = yaml.safe_dump(config.plain(again), sort_keys=False)
     storage.write_file(directory / "best.yaml", text.encode())
@@ -346,6 +345,7 @@ def _result(
     record: SearchRecord,
     outcome: finals.Outcome,
     hall: AnyHall,
+    trials: Trials,
     started: float,
 ) -> dict[str, Any]:
     counts = Counter(trial.state for trial in record.trials)
@@ -354,6 +354,7 @@ def _result(
         "search_dir": str(directory),
         "best_trial": best.trial,
         "best_config": dict(best.params),
+        "learning_rate": best.learning_rate,
         "best_metric": outcome.winner.value,
         "base_metric": record.base.value if record.base is not None else None,
         "trials": len(record.trials),
@@ -362,6 +363,7 @@ def _result(
         "failed": counts["failed"],
         "mean_seats_filled": record.mean_seats_filled,
         "isolation": record.isolation,
+        "real_tokens": trials.real_tokens,
         "wall_s": round(time.perf_counter() - started, 3),
         "peak_rss_bytes": hall.peak_rss_bytes() + worker.peak_rss_bytes(),
     }

@@ -63,7 +63,7 @@ class _View:
         if event.kind == "started":
             self.metric, self.budget = event.text("metric"), event.number("budget")
             self.total = int(event.number("trials"))
-        elif event.kind == "failed":
+        elif event.kind == "trial_failed":
             self.failed[trial] = event.text("message")
             self._print(f"trial {trial} failed: {event.text('message')}")
         elif event.kind == "stopped":

@@ -1,4 +1,8 @@
-"""card.json: what a run's directory says of its job, so that a lost registry can be made anew."""
+"""card.json: what a run's directory says of its job, so that a lost registry can be made anew.
+
+That a model was deleted is said by a file of its own, `<its directory>.deleted`: replicas delete
+while the dispatcher writes cards.
+"""
 
 import json
 from dataclasses import asdict, dataclass
@@ -23,6 +27,19 @@ class Card:
     status: str
     checkpoints: tuple[tuple[int, str], ...] = ()
     """Steps, and the names under which their adapters answer."""
+    result: str = "adapter"
+    """Where in the run's directory its result lies."""
+
+
+def mark_deleted(adapter: Path) -> None:
+    """Have the model whose adapter lies there stay deleted for ever. Raises StorageError."""
+    if adapter.parent.is_dir():  # else somebody has removed the run, and nothing can come back
+        storage.write_file(_deleted(adapter), b"")
+
+
+def is_deleted(adapter: Path) -> bool:
+    """Whether the model whose adapter lies there was deleted."""
+    return _deleted(adapter).exists()
 
 
 def write(run_dir: Path, card: Card) -> None:
@@ -41,3 +58,7 @@ def read(run_dir: Path) -> Card | None:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise StorageError(f"{run_dir / _FILE} is damaged ({error}); remove it") from None
+
+
+def _deleted(adapter: Path) -> Path:
+    return adapter.with_name(f"{adapter.name}.deleted")

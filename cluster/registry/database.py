@@ -179,14 +179,14 @@ def _upgrade(settings: Config, connection: Connection) -> None:
 @contextmanager
 def _explained(engine: Engine) -> Iterator[None]:
     """Turn what the database raises into an error that says what to do, and shows no values."""
+    # Also of the query nothing is shown: a password may stand there.
+    where = engine.url.set(query={}).render_as_string(hide_password=True)
     try:
         yield
     except IntegrityError:
         raise
     except DBAPIError as error:
         why = str(error.orig).strip().splitlines()[:1]
-        where = engine.url.render_as_string(hide_password=True)
         raise RegistryError(f"database {where}: {''.join(why)}; see that it runs") from error
     except (SQLAlchemyError, Timeout) as error:
-        where = engine.url.render_as_string(hide_password=True)
         raise RegistryError(f"database {where}: {type(error).__name__}") from error

@@ -2,7 +2,8 @@
 
 A key is `sk-loray-<id>-<secret>`. The secret has 256 random bits, so a fast hash (SHA-256) is as
 good as a slow one: there is nothing to guess. A key is shown once, when it is made. Rows of revoked
-keys stay, so that it is known for ever that there was a key.
+keys stay, so that it is known for ever that there was a key; files beside the registry and in the
+storage say so, too (`mark`), so that the loss of the database opens no server.
 
 Times are compared with those of the machines that serve, whose clocks must agree.
 """
@@ -10,13 +11,15 @@ Times are compared with those of the machines that serve, whose clocks must agre
 import hashlib
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from cluster import storage
 from cluster.errors import ConfigError
 from cluster.registry.database import Database
 from cluster.registry.tables import ApiKey
@@ -26,6 +29,7 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 PREFIX = "sk-loray-"
 ID = re.compile(r"[0-9a-f]{8}")
 MAX_GRACE_S = 90 * 86400.0
+_MARK = b"API keys were made for this server. Without this file it could be served without any.\n"
 _ID_BYTES = 4
 _SECRET_BYTES = 32
 _PASTED = re.compile(rf"{PREFIX}[\w-]*")
@@ -165,6 +169,14 @@ def known(database: Database, *, now: float) -> Known:
         rows = session.scalars(select(ApiKey).where(live)).all()
         was_any = bool(rows) or session.scalars(select(ApiKey.id).limit(1)).first() is not None
     return Known(keys={row.id: row for row in rows}, was_any=was_any)
+
+
+def mark(places: Iterable[Path]) -> None:
+    """Have each of these files say that there was a key. Raises StorageError."""
+    for place in places:
+        if not place.exists():
+            storage.make_directory(place.parent)
+            storage.write_file(place, _MARK)
 
 
 def require_name(name: str) -> None:

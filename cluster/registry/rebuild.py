@@ -1,7 +1,6 @@
 """A lost registry made anew from storage: models that jobs have left, proved by their manifests.
 
-What is not covered: keys, files, jobs and aliases, which are nowhere else; and that a model was
-deleted, for its files are still there. Whoever wants it gone removes the run's directory.
+What is not covered: keys, files, jobs and aliases, which are nowhere else.
 """
 
 import time
@@ -18,7 +17,6 @@ from cluster.registry.cards import Card
 from cluster.registry.database import Database
 from cluster.registry.tables import Job, Model
 
-_ADAPTER = "adapter"
 _NO_RESULT = ("failed", "cancelled")
 
 
@@ -30,6 +28,8 @@ class Report:
     """Names of models that the registry did not know."""
     num_known: int
     """Those that it knew, which stay as they are, deleted ones too."""
+    num_deleted: int
+    """Those that it did not know and that were deleted before it was lost."""
     broken: tuple[str, ...]
     """What was left out, and why."""
 
@@ -48,7 +48,7 @@ def rebuild(
     """
     added: list[str] = []
     broken: list[str] = []
-    num_known = 0
+    num_known = num_deleted = 0
     for run_dir in _runs(directory):
         try:
             card = cards.read(run_dir)
@@ -62,6 +62,9 @@ def rebuild(
             if _is_known(database, name):
                 num_known += 1
                 continue
+            if cards.is_deleted(path):
+                num_deleted += 1
+                continue
             try:
                 storage.verify(path)
             except StorageError as error:
@@ -71,7 +74,9 @@ def rebuild(
                 added.append(name)
             else:
                 num_known += 1
-    return Report(added=tuple(added), num_known=num_known, broken=tuple(broken))
+    return Report(
+        added=tuple(added), num_known=num_known, num_deleted=num_deleted, broken=tuple(broken)
+    )
 
 
 def _runs(directory: Path) -> list[Path]:
@@ -91,7 +96,7 @@ def _models(
     """
     for step, name in card.checkpoints:
         yield name, step, adapter_of(run_dir, step)
-    result = run_dir / _ADAPTER
+    result = run_dir / card.result
     is_late = is_over and card.status not in _NO_RESULT and result.is_dir()
     if card.status == "succeeded" or is_late:
         yield card.model, None, result

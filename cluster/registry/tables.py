@@ -141,6 +141,10 @@ class Job(Table):
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     fine_tuned_model: Mapped[str | None] = mapped_column(String(512))
     result_files: Mapped[list[str]]
+    is_tidy: Mapped[bool] = mapped_column(default=False)
+    """Whether what only a job that may go on has use for is gone from its directory."""
+    winner: Mapped[dict[str, Any] | None]
+    """Of a job that is a search: {trial, params, metric, value, base_value, trials}."""
     error: Mapped[dict[str, Any] | None]
     """{code, message, param}."""
 
@@ -211,7 +215,7 @@ class Alias(Table):
     targets: Mapped[list[Any]]
     """[{model, weight, is_shadow}]."""
     guard: Mapped[dict[str, Any] | None]
-    """When to go back by itself: {error_rate, min_requests}."""
+    """When to go back by itself: {error_rate, min_requests, evaluation}."""
     updated_at: Mapped[float]
 
 
@@ -255,6 +259,21 @@ class AliasCount(Table):
     """Of the requests: those that failed by the server's fault."""
     seconds: Mapped[float]
     """Of all requests together."""
+
+
+class AliasScore(Table):
+    """What a version was last found to be worth, by a metric that an alias's guard names."""
+
+    __tablename__ = "alias_scores"
+
+    project: Mapped[str] = mapped_column(String(64), primary_key=True)
+    name: Mapped[str] = mapped_column(String(128), primary_key=True)
+    metric: Mapped[str] = mapped_column(String(64), primary_key=True)
+    model: Mapped[str] = mapped_column(String(512), primary_key=True)
+    value: Mapped[float]
+    by: Mapped[str] = mapped_column(String(64))
+    """Id of the key that told it."""
+    created_at: Mapped[float]
 
 
 class Delivery(Table):

@@ -59,6 +59,17 @@ def upgrade() -> None:
         ),
     )
     op.create_table(
+        "alias_scores",
+        sa.Column("project", sa.String(length=64), nullable=False),
+        sa.Column("name", sa.String(length=128), nullable=False),
+        sa.Column("metric", sa.String(length=64), nullable=False),
+        sa.Column("model", sa.String(length=512), nullable=False),
+        sa.Column("value", sa.Double(), nullable=False),
+        sa.Column("by", sa.String(length=64), nullable=False),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.PrimaryKeyConstraint("project", "name", "metric", "model", name=op.f("pk_alias_scores")),
+    )
+    op.create_table(
         "aliases",
         sa.Column("project", sa.String(length=64), nullable=False),
         sa.Column("name", sa.String(length=128), nullable=False),
@@ -151,6 +162,8 @@ def upgrade() -> None:
         sa.Column("trained_tokens", sa.BigInteger(), nullable=True),
         sa.Column("fine_tuned_model", sa.String(length=512), nullable=True),
         sa.Column("result_files", _JSON, nullable=False),
+        sa.Column("is_tidy", sa.Boolean(), nullable=False),
+        sa.Column("winner", _JSON, nullable=True),
         sa.Column("error", _JSON, nullable=True),
         sa.PrimaryKeyConstraint("number", name=op.f("pk_jobs")),
         sa.UniqueConstraint("id", name=op.f("uq_jobs_id")),
