@@ -46,12 +46,15 @@ SETTINGS = {
 
 def serve_on(here: Cluster, directory: Path, base: Path, url: str) -> "subprocess.Popen[str]":
     """`python -m serving` with fine-tuning, its driver on b."""
+    secret = directory / "database"
+    secret.touch(0o600)
+    secret.write_text(url)
     tree = {
         "model": {"base": str(base), "quantization": "none"},
         "http": {"port": 8000},
         "limits": {"rows": 4, "context_tokens": 256, "kv_tokens": 1024, "prefix_tokens": 256},
         "cpus_per_replica": 1,
-        "database": url,
+        "database": f"file:{secret}",
         "tuning": {
             "storage": str(directory / "runs"),
             "jobs_at_once": 2,
@@ -64,7 +67,12 @@ def serve_on(here: Cluster, directory: Path, base: Path, url: str) -> "subproces
     path.write_text(yaml.safe_dump(tree))
     b = here.nodes[0]
     driver = b.start(["serving", str(path), "--address", here.address], log="serve")
-    wait_for(lambda: "/v1 after" in b.said("serve"), 240, "it serves")
+
+    def serves() -> bool:
+        assert driver.poll() is None, b.said("serve")
+        return "/v1 after" in b.said("serve")
+
+    wait_for(serves, 240, "it serves")
     return driver
 
 
