@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -65,16 +66,33 @@ def submit(
         )
 
 
-def is_alive(job_id: str, *, address: str) -> bool | None:
-    """Whether a job runs, or is about to; None where the cluster knows of none by this id."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """A job, as the Jobs API says."""
+
+    is_over: bool
+    node: str | None
+    """Id of the node that its driver was put on; None before it was."""
+
+
+def find(job_id: str, *, address: str) -> Found | None:
+    """How a job is; None where the cluster knows of none by this id.
+
+    A head that has come back with the state of the one before says of jobs that ended with that one
+    that they run, until it is asked for more than their state (Ray 2.60, job_agent.py: the manager
+    is made then): compare `node` with the nodes that are alive.
+    """
     with _explained(address):
         client = _client(address)
         try:
-            return not client.get_job_status(job_id).is_terminal()
+            details = client.get_job_info(job_id)
         except RuntimeError as error:
             if "does not exist" in str(error):  # Ray 2.60 answers 404 in words only
                 return None
             raise
+        if details.status == "PENDING":
+            client.get_job_logs(job_id)  # for one that never gets a node: see above
+        return Found(is_over=details.status.is_terminal(), node=details.driver_node_id)
 
 
 def ask_to_stop(job_id: str, *, address: str) -> None:

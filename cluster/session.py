@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,16 @@ from cluster.scratch import Scratch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 """The directory that holds our packages."""
-PACKAGES = tuple(REPOSITORY / name for name in ("cluster", "training", "tune_spaces", "serving"))
+
+
+def _package(name: str) -> Path:
+    """The directory of a package of ours; Ray unpacks each into a directory of its own."""
+    beside = REPOSITORY / name
+    found = None if beside.is_dir() else find_spec(name)
+    return Path(found.origin).parent if found is not None and found.origin else beside
+
+
+PACKAGES = tuple(_package(name) for name in ("cluster", "training", "tune_spaces", "serving"))
 """What a Ray worker must be able to import."""
 
 _PRIVATE = "LORAY_PRIVATE_RAY"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from cluster import storage
@@ -20,8 +21,8 @@ from cluster.errors import ConfigError, FencedError, LorayError, RegistryError
 from cluster.registry import cards, leases
 from cluster.registry.cards import Card
 from cluster.registry.database import Database
-from cluster.registry.tables import Job, JobCheckpoint, Model
-from serving import job_files, job_recipe, problems, turns
+from cluster.registry.tables import Job, JobCheckpoint
+from serving import job_files, job_progress, job_recipe, problems, turns
 from serving.job_book import OVER, Line, model_name, tell
 from serving.job_files import Fate, Usable
 from serving.job_kind import kind_of
@@ -124,7 +125,7 @@ class Dispatcher:
             act(job)
         except (FencedError, RegistryError):
             raise
-        except (LorayError, OSError) as error:
+        except (LorayError, OSError, IntegrityError) as error:  # of a row that has just come
             log.warning("job=%s error=%r", job.id, str(error)[:500])
 
     def _locked(self, session: Session, seen: Job) -> Job | None:
@@ -256,9 +257,9 @@ class Dispatcher:
                 kind.apply(session, job, event, **place, now=self.clock())
             job.events_offset += num_bytes
             content = kind.results(session, job, directory) if wants_result else b""
+            if any(event.kind in ("started", "checkpoint") for event in events):
+                self._write_card(session, job)
         if not is_over:
-            if any(event.kind == "checkpoint" for event in events):
-                self._write_card(seen)
             return
         if wants_result:
             result = self._put_results(seen, content)
@@ -267,7 +268,7 @@ class Dispatcher:
             if job is None:
                 return
             self._conclude(session, job, how, last, result, directory)
-        self._write_card(seen)
+            self._write_card(session, job)
         for book in (self._asked, self._pausing):
             book.pop(seen.run_job or "", None)
 
@@ -323,17 +324,8 @@ class Dispatcher:
         now = self.clock()
         kind = kind_of(job)
         kind.conclude(session, job, last, now)
-        session.add(
-            Model(
-                name=name,
-                project=job.project,
-                job_id=job.id,
-                base=job.model,
-                step=None,
-                path=str(directory / kind.RESULT),
-                created_at=now,
-            )
-        )
+        path = directory / kind.RESULT
+        job_progress.add_model(session, job, name=name, step=None, path=path, created_at=now)
         job.status, job.fine_tuned_model, job.result_files = "succeeded", name, [result]
         job.trained_tokens = int(last.number("real_tokens"))
         job.finished_at, job.estimated_finish = now, None
@@ -368,17 +360,15 @@ class Dispatcher:
             if job is not None:
                 job.is_tidy = True
 
-    def _write_card(self, seen: Job) -> None:
-        """So that a lost registry can be made anew."""
-        with self.database.read() as session:
-            job = session.scalar(select(Job).where(Job.id == seen.id))
-            steps = session.execute(
-                select(JobCheckpoint.step, JobCheckpoint.model)
-                .where(JobCheckpoint.job_id == seen.id)
-                .order_by(JobCheckpoint.step)
-            ).all()
-        if job is None:
-            return
+    def _write_card(self, session: Session, job: Job) -> None:
+        """So that a lost registry can be made anew. At the end of the transaction whose outcome it
+        tells: who is killed after it has a card, and who is killed in it is followed by another."""
+        session.flush()
+        steps = session.execute(
+            select(JobCheckpoint.step, JobCheckpoint.model)
+            .where(JobCheckpoint.job_id == job.id)
+            .order_by(JobCheckpoint.step)
+        ).all()
         card = Card(
             job_id=job.id,
             project=job.project,

@@ -92,6 +92,26 @@ def results(session: Session, job: Job, run_dir: Path) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
+def add_model(
+    session: Session, job: Job, *, name: str, step: int | None, path: Path, created_at: float
+) -> None:
+    """Have a model of a job be there, which it is where a rebuild of the registry was quicker."""
+    session.flush()
+    if session.scalar(select(Model.number).where(Model.name == name)) is not None:
+        return
+    session.add(
+        Model(
+            name=name,
+            project=job.project,
+            job_id=job.id,
+            base=job.model,
+            step=step,
+            path=str(path),
+            created_at=created_at,
+        )
+    )
+
+
 def _cell(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, int | float) else ""
 
@@ -153,17 +173,7 @@ def _checkpoint(
             },
         )
     )
-    session.add(
-        Model(
-            name=name,
-            project=job.project,
-            job_id=job.id,
-            base=job.model,
-            step=step,
-            path=str(path),
-            created_at=event.time_s,
-        )
-    )
+    add_model(session, job, name=name, step=step, path=path, created_at=event.time_s)
     line = Line(message=f"Checkpoint created at step {step}", at=event.time_s)
     tell(session, job, event.time_s, line)
 

@@ -1,7 +1,8 @@
 """Fine-tuning jobs as Ray jobs."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from cluster import jobs
 from cluster.errors import ClusterError
@@ -22,13 +23,17 @@ class RayRuns:
         try:
             jobs.submit(command, address=self._address, working_dir=None, job_id=run_job)
         except ClusterError:
-            if jobs.is_alive(run_job, address=self._address) is None:
+            if jobs.find(run_job, address=self._address) is None:
                 raise
 
     def state(self, run_job: str) -> RunState:
-        """As the Jobs API says."""
-        alive = jobs.is_alive(run_job, address=self._address)
-        return "unknown" if alive is None else "alive" if alive else "ended"
+        """As the Jobs API says, and ended where its driver's node is lost."""
+        found = jobs.find(run_job, address=self._address)
+        if found is None:
+            return "unknown"
+        if found.is_over or (found.node is not None and found.node not in _living_nodes()):
+            return "ended"
+        return "alive"
 
     def stop(self, run_job: str) -> None:
         """SIGTERM, and SIGKILL a little later."""
@@ -38,4 +43,22 @@ class RayRuns:
         """What no replica, worker or placement group holds."""
         import ray
 
-        return Room(free=ray.available_resources(), total=ray.cluster_resources())
+        with _explained():
+            return Room(free=ray.available_resources(), total=ray.cluster_resources())
+
+
+def _living_nodes() -> set[str]:
+    import ray
+
+    with _explained():
+        return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except RayError as error:
+        raise ClusterError(f"the cluster does not answer ({type(error).__name__})") from error

@@ -37,10 +37,12 @@ class Cluster:
     def address(self) -> str:
         return f"{self.head.ip}:{PORT}"
 
-    def start(self, *, has_redis: bool) -> None:
+    def start(self, *, has_redis: bool, has_jobs_api: bool = False) -> None:
         """All nodes, and someone who watches the head's table."""
         extra = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.front:middlewares"}
         of_head = {"redis": self._start_redis()} if has_redis else {}
+        if has_jobs_api:
+            of_head["dashboard_host"] = self.head.ip
         start_node(self.head, num_cpus=0, extra=extra, **of_head)
         wait_for(lambda: self.num_starts(self.head) == 1, 60, "the head is up")
         self.head.start(["watch_members", self.address], log="members")
@@ -98,13 +100,16 @@ class Cluster:
 
 
 @contextmanager
-def cluster(*, slow: tuple[str, ...] = (), has_redis: bool = False) -> Iterator[Cluster]:
+def cluster(
+    *, slow: tuple[str, ...] = (), has_redis: bool = False, has_jobs_api: bool = False
+) -> Iterator[Cluster]:
+    """has_jobs_api: the other machines reach it, too."""
     if has_redis and shutil.which("redis-server") is None:
         pytest.skip("needs the command redis-server (Debian's package of this name)")
     with network("a", "b", "c", slow=slow) as hosts:
         found = Cluster(hosts)
         try:
-            found.start(has_redis=has_redis)
+            found.start(has_redis=has_redis, has_jobs_api=has_jobs_api)
             yield found
         except BaseException:
             for host in hosts.values():

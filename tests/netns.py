@@ -5,6 +5,7 @@ files, processes and clock. A slow link is a pair of TAP devices with a relay in
 between them, since many kernels come without `tc netem`.
 """
 
+import ctypes
 import fcntl
 import heapq
 import json
@@ -36,6 +37,7 @@ _PREFIX = "lr"
 _TUNSETIFF = 0x400454CA
 _IFF_TAP, _IFF_NO_PI = 0x2, 0x1000
 _STOP_S = 30.0
+_CLONE_NEWNET = 0x40000000
 
 
 @dataclass
@@ -83,6 +85,13 @@ class Host:
             )
         self.running.append(process)
         return process
+
+    def enter(self) -> None:
+        """Have the sockets that this thread opens from now on be of that machine."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        with open(f"/run/netns/{self.space}") as space:
+            failed = libc.setns(space.fileno(), _CLONE_NEWNET)
+        assert not failed, os.strerror(ctypes.get_errno())
 
     def said(self, log: str = "log") -> str:
         """What the processes there have said so far."""

@@ -32,6 +32,7 @@ class PostgresServer:
 
     def __init__(self, directory: Path, bin_: Path) -> None:
         self._bin = bin_
+        self._directory = directory
         self._data = directory / "data"
         self._log = directory / "log"
         self._password = secrets.token_hex(16)
@@ -55,7 +56,7 @@ class PostgresServer:
         """Start it, and wait until it answers."""
         settings = {
             "listen_addresses": "127.0.0.1", "port": str(self._port), "fsync": "off",
-            "unix_socket_directories": "", "max_connections": "100",
+            "unix_socket_directories": str(self._directory), "max_connections": "100",
         }  # fmt: skip
         words = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         with self._log.open("ab") as log:
@@ -86,16 +87,19 @@ class PostgresServer:
             _, alive = psutil.wait_procs(all_, timeout=30)
             assert not alive
 
-    def url(self, name: str) -> str:
-        """Of a database."""
-        return f"postgresql://{_USER}:{self._password}@127.0.0.1:{self._port}/{name}"
+    def url(self, name: str, *, is_local: bool = False) -> str:
+        """Of a database. is_local: by a socket in the file system, for other network namespaces."""
+        where = f"127.0.0.1:{self._port}/{name}"
+        if is_local:
+            where = f"/{name}?host={self._directory}&port={self._port}"
+        return f"postgresql://{_USER}:{self._password}@{where}"
 
-    def make_database(self) -> str:
-        """The URL of a new and empty database."""
+    def make_database(self, *, is_local: bool = False) -> str:
+        """The URL of a new and empty database; is_local: see `url`."""
         name = f"t{secrets.token_hex(8)}"
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {name}".encode())
-        return self.url(name)
+        return self.url(name, is_local=is_local)
 
 
 @contextmanager

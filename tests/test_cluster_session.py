@@ -1,6 +1,7 @@
 """The session: private Ray, addresses that lead nowhere, where storage goes."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -86,6 +87,22 @@ with session.connect(num_cpus=1):
     if sys.stdin.readline():
         raise ValueError("ends the block")
 """
+
+
+def test_packages_are_found_also_where_each_has_a_directory_of_its_own(tmp_path: Path) -> None:
+    """As in a worker of a cluster, from where the service submits its jobs."""
+    unpacked = [
+        tmp_path / f"_ray_pkg_{package.name}" / package.name for package in session.PACKAGES
+    ]
+    for package, copy in zip(session.PACKAGES, unpacked, strict=True):
+        shutil.copytree(package, copy)
+    roots = os.pathsep.join(str(copy.parent) for copy in unpacked)
+    done = subprocess.run(
+        [sys.executable, "-c", "from cluster.session import PACKAGES; print(*PACKAGES, sep='\\n')"],
+        env={**os.environ, "PYTHONPATH": roots}, cwd=tmp_path,
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [str(copy) for copy in unpacked]
 
 
 @pytest.mark.ray

@@ -4,16 +4,18 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, select
+from sqlalchemy import create_engine, event, select
+from sqlalchemy.orm import Session
 
 from cluster import storage
 from cluster.errors import FencedError, RegistryError
-from cluster.registry import leases
+from cluster.registry import cards, leases
 from cluster.registry.database import Database
-from cluster.registry.tables import ApiKey, Job
+from cluster.registry.tables import ApiKey, File, Job, Model
 from serving.access import Caller
 from serving.dispatcher import Dispatcher
 from serving.finding import Finding
@@ -300,3 +302,60 @@ def test_a_run_that_the_cluster_has_forgotten_is_started_again_unless_it_has_fin
     assert runner.order == [first, first, second, second]
     statuses = [job.status for job in book.list_("default", after=None, limit=9).rows]
     assert statuses == ["succeeded", "succeeded"]
+
+
+class KilledError(BaseException):
+    """As SIGKILL: nothing of ours catches it."""
+
+
+@pytest.mark.parametrize("moment", ["before_commit", "after_commit"])
+def test_a_dispatcher_that_dies_before_or_after_any_commit_is_followed_by_one_that_goes_on(
+    moment: str, tmp_path: Path, registry: Database, adapter: Path
+) -> None:
+    shelf = shelf_of(registry, tmp_path)
+    book, file = book_of(registry, shelf), file_of(shelf)
+    runner = Instant(adapter)
+
+    def dispatch() -> None:
+        dispatcher = dispatcher_of(registry, shelf, tmp_path, runner)
+        for _ in range(3):
+            dispatcher.step()
+
+    for number in range(1, 20):
+        job = book.create(CreateJob(model=BASE, training_file=file, seed=number), Caller())
+        left = number
+
+        def die(_: Session) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise KilledError
+
+        event.listen(Session, moment, die)
+        try:
+            with suppress(KilledError):
+                dispatch()
+        finally:
+            event.remove(Session, moment, die)
+        dispatch()
+        done = book.get("default", job.id)
+        assert (done.status, done.run_job) == ("succeeded", None)
+        told = book.events("default", job.id, after=None, limit=99).rows[::-1]
+        assert [one.message.partition(":")[0] for one in told] == [
+            "Created fine-tuning job", "Validating training file",
+            "Files validated, moving job to queued state", "Fine-tuning job started",
+            "Step 1/1", "New fine-tuned model created", "The job has successfully completed",
+        ]  # fmt: skip
+        assert [one.place for one in told] == list(range(1, 8))
+        assert runner.order == [f"{job.id}-1"]
+        runner.order.clear()
+        with registry.read() as session:
+            results = session.scalars(select(File.id).where(File.filename == f"{job.id}.csv")).all()
+            assert results == done.result_files
+            assert len(session.scalars(select(Model).where(Model.job_id == job.id)).all()) == 1
+        card = cards.read(tmp_path / "runs" / job.id)
+        assert card is not None
+        assert (card.status, card.model) == ("succeeded", done.fine_tuned_model)
+        if left > 0:
+            break
+    assert left == 1 < number  # it dies nowhere in the last round
