@@ -29,7 +29,7 @@ from sqlalchemy import select
 from cluster.registry import database
 from cluster.registry.tables import Model
 
-pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos, chaos.full]
 
 URL = "http://127.0.0.1:8000"
 NUM_JOBS = chaos.times(4, 50)
