@@ -3,10 +3,12 @@
 usage: python scripts/bench_life.py [--slots 32]
 One replica in this process, the demo model in int8, random adapters of rank 16. Prints a line for
 each: one adapter more than there are slots, loading while an answer runs, a flood beside a quiet
-adapter, and poisoned ones. About three minutes on two cores.
+adapter, poisoned ones, and an alias with a shadow beside the same without. About five minutes on
+two cores.
 """
 
 import argparse
+import asyncio
 import itertools
 import shutil
 import statistics
@@ -14,11 +16,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import torch
-from bench_serve import InProcess, make_adapters
+import uvicorn
+from bench_serve import PORT, InProcess, hear, make_adapters
 from safetensors.torch import load_file, save_file
 
 from cluster.errors import AdapterError
@@ -28,6 +32,9 @@ _LONG = 256
 _PAUSE_S = 0.5
 _POISONS = 20
 _QUIET = 100
+_BLOCKS = 12
+_BLOCK = 12
+"""Requests of each kind in a block."""
 
 
 def main() -> None:
@@ -46,6 +53,7 @@ def main() -> None:
             loads(served, work, slots)
             floods(served)
             poisons(served, work)
+            shadows(served, work)
         finally:
             served.close()
 
@@ -145,6 +153,75 @@ def poisons(served: InProcess, work: Path) -> None:
         f"{len(took)} of {_POISONS} poisoned adapters refused, {1000 * statistics.median(took):.0f}"
         f" ms each; memory {(after - before) / 1e6:+.1f} MB"
     )
+
+
+def shadows(served: InProcess, work: Path) -> None:
+    """An alias that stands for one adapter, over HTTP, without a shadow and with another adapter as
+    its shadow, in blocks of requests that take turns."""
+    from cluster.registry import database
+    from serving import inference, tuning
+    from serving.access import Access
+    from serving.metrics import Metrics
+    from serving.quotas import Quotas
+    from serving.rollout import Target
+
+    opened = database.open_(database.sqlite_url(work / "aliases.db"))
+    aliases = tuning.open_aliases(opened, served.replica)
+    access, quotas = Access(opened, keys_file=None, host="127.0.0.1"), Quotas(opened)
+    app = inference.make_app(
+        served.replica, root=work, access=access, quotas=quotas, metrics=Metrics(known=["demo"]),
+        aliases=aliases,
+        lifespan=lambda _: inference.following(
+            served.replica, access, quotas, None, aliases
+        ),
+    )  # fmt: skip
+    server = uvicorn.Server(uvicorn.Config(app, port=PORT, log_level="error", lifespan="on"))
+    serving = asyncio.run_coroutine_threadsafe(server.serve(), served.loop)
+    while not server.started:
+        time.sleep(0.01)
+    target, shadow = Target(model="adapter0", weight=1), Target(model="adapter1", is_shadow=True)
+    kinds = {"alone": [target], "shadowed": [target, shadow]}
+    for name, targets in kinds.items():
+        served.run(aliases.put("default", name, targets, None, by="bench"))
+    for adapter in ("adapter0", "adapter1"):
+        served.ask(adapter, 1)
+    engine = served.replica.service.base.engine
+
+    def ask(name: str, number: int, pause_s: float) -> float:
+        time.sleep(pause_s)
+        body = {
+            "model": name, "max_tokens": 2 * _TOKENS, "temperature": 0, "stream": True,
+            "messages": [{"role": "user", "content": f"Ticket {number}: the printer is on fire"}],
+            "logit_bias": {"2": -100},  # so that it goes on to its end
+        }  # fmt: skip
+        began, times, _ = hear(body)
+        return times[-1] - began
+
+    numbers = itertools.count()
+    for at_once, pause_s in ((1, _PAUSE_S), (1, 0.0), (4, 0.0)):
+        took: dict[str, list[float]] = {name: [] for name in kinds}
+        with ThreadPoolExecutor(at_once) as pool:
+            for name in [*kinds] * _BLOCKS:
+                asked = [next(numbers) for _ in range(_BLOCK)]
+                took[name] += pool.map(ask, [name] * _BLOCK, asked, [pause_s] * _BLOCK)
+                while engine.num_running:  # the last copy is nobody's concern
+                    time.sleep(0.01)
+        served.run(aliases.step())
+        one = aliases.find("default", "shadowed")
+        assert one is not None
+        copies = served.run(asyncio.to_thread(aliases.book.last_minute, one)).get("adapter1")
+        alone, with_ = (sorted(1000 * seconds for seconds in took[name]) for name in kinds)
+        say(
+            f"{at_once} at once, pauses of {pause_s:g} s, {len(alone)} answers of {2 * _TOKENS} "
+            f"tokens each: median {statistics.median(alone):.0f} ms alone, "
+            f"{statistics.median(with_):.0f} ms with a shadow, "
+            f"{statistics.median(with_) / statistics.median(alone):.2f} times; p95 "
+            f"{alone[len(alone) * 95 // 100]:.0f} and {with_[len(with_) * 95 // 100]:.0f} ms; "
+            f"copies that ended within the last minute: {copies.requests if copies else 0}"
+        )
+    server.should_exit = True
+    serving.result(60)
+    opened.close()
 
 
 def gaps(times: Sequence[float]) -> str:

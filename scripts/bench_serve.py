@@ -377,8 +377,8 @@ class InProcess:
 
         body = tree("engine", work, most)
         body["limits"].update(limits)
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
         recipe = config.build(ServeRecipe, body, where="bench")
         self.replica = open_replica(recipe, Path(body["registry"]))
         self.adapters = self.replica.service.adapters
@@ -388,7 +388,7 @@ class InProcess:
         """The result of a coroutine on the loop."""
         import asyncio
 
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
 
     def ask(
         self, adapter: str, tokens: int, *, prompt: Sequence[int] = tuple(range(0, 224, 7))

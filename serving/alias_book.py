@@ -25,9 +25,10 @@ MAX_ALIASES = 1000
 SPAN_S = 10
 BY_ITSELF = "loray"
 """Who changes an alias that nobody changes."""
+TUNED = "ft:"
+"""How the names of tuned models begin, and no alias's."""
 _WINDOW_S = 60
 _KEPT_S = 86400
-_TUNED = "ft:"
 _MAX_REASON_CHARS = 512
 
 Key = tuple[str, str, int, str, int]
@@ -60,6 +61,12 @@ class AliasBook:
         with self._database.read() as session:
             return _rollout(_get(session, project, name))
 
+    def find(self, project: str, name: str) -> Rollout | None:
+        """One, if there is one."""
+        with self._database.read() as session:
+            row = _find(session, project, name)
+            return None if row is None else _rollout(row)
+
     def changes(self, project: str, name: str, *, limit: int = 20) -> list[AliasChange]:
         """The last of them, the newest first."""
         rows = select(AliasChange).where(AliasChange.project == project, AliasChange.name == name)
@@ -83,7 +90,7 @@ class AliasBook:
         guard would have it go back at once for a score that is there already.
         """
         require_name(name, "alias")
-        if name in fixed or name.startswith(_TUNED):
+        if name in fixed or name.startswith(TUNED):
             raise ApiError(
                 f"{name!r} is or may become the name of a model; choose another name for the alias",
                 status=409,

@@ -51,12 +51,27 @@ class Aliases:
     _stuck: set[tuple[str, str, int]] = field(default_factory=set)
     """Aliases, at a revision, that cannot go back."""
     _forgot_at: float = 0.0
+    _is_away: bool = False
+    """Whether the registry was, when it was last asked."""
 
     def find(self, project: str, name: str) -> Rollout | None:
         """What a name stands for. Raises ApiError (503) until the registry could be read."""
         if self._known is None:
             raise problems.overloaded(_PERIOD_S)
         return self._known.get((project, name))
+
+    async def find_new(self, project: str, name: str) -> Rollout | None:
+        """What a name stands for that `find` does not know: it may have been set elsewhere within
+        this second."""
+        if self._known is None or self._is_away:
+            return None
+        try:
+            one = await asyncio.to_thread(self.book.find, project, name)
+        except RegistryError:
+            return None
+        if one is not None:
+            self._known[project, name] = one
+        return one
 
     def of(self, project: str) -> list[Rollout]:
         """Those of a project, by name. Raises ApiError (503) until the registry could be read."""
@@ -133,7 +148,9 @@ class Aliases:
             if self.clock() - self._forgot_at > _FORGET_S:
                 self._forgot_at = self.clock()
                 await asyncio.to_thread(self.book.forget)
+            self._is_away = False
         except RegistryError as error:
+            self._is_away = True
             log.warning("aliases=%s", error)
 
     async def _known_here(self, change: Awaitable[_Result]) -> _Result:

@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from cluster import __version__
 from serving import alias_routes, files, finetuning, model_routes, problems, replies
 from serving.access import Access, Admin, Caller, Gate, Infer
+from serving.alias_book import TUNED
 from serving.aliases import Aliases
 from serving.answering import Answering
 from serving.chosen import Chosen, choose
@@ -80,11 +81,15 @@ def make_app(
 
     shadows = Shadows(answering=answering, aliases=aliases) if aliases else None
 
-    def resolve(caller: Caller, body: ChatRequest | CompletionRequest, request: Request) -> Chosen:
+    async def resolve(
+        caller: Caller, body: ChatRequest | CompletionRequest, request: Request
+    ) -> Chosen:
         """What is to answer a request. Raises ApiError (404)."""
         name = body.model
         if aliases is not None and shadows is not None and name not in service.names():
             alias = aliases.find(caller.project, name)
+            if alias is None and not name.startswith(TUNED):
+                alias = await aliases.find_new(caller.project, name)
             if alias is not None:
                 return choose(alias, caller, body, request, shadows)
         if not caller.may_use(name):
@@ -101,7 +106,7 @@ def make_app(
         body: ChatRequest | CompletionRequest, request: Request, caller: Caller
     ) -> Response:
         quotas.take(caller)
-        chosen = resolve(caller, body, request)
+        chosen = await resolve(caller, body, request)
         response = await chosen.answer(
             answering, request, key=caller.key_id, ready=partial(ready, caller)
         )

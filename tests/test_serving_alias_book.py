@@ -430,6 +430,21 @@ def test_two_replicas_agree_on_everybody(book: AliasBook, clock: Clock) -> None:
     asyncio.run(check())
 
 
+def test_a_new_alias_is_found_before_a_replica_reads_the_next_time(
+    book: AliasBook, clock: Clock
+) -> None:
+    async def check() -> None:
+        first, second = await _two(book, clock)
+        await first.put("red", "bot", [Target(model="v7", weight=1)], None, by="key")
+        assert second.find("red", "bot") is None
+        assert await second.find_new("blue", "bot") is None
+        assert await second.find_new("red", "a\0") is None
+        assert weights(await second.find_new("red", "bot")) == {"v7": 1}
+        assert weights(second.find("red", "bot")) == {"v7": 1}
+
+    asyncio.run(check())
+
+
 def test_one_of_two_replicas_goes_back_once_for_what_both_have_seen(
     book: AliasBook, clock: Clock
 ) -> None:
