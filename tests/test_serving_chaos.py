@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,68 @@ def test_a_replica_that_is_killed_costs_its_streams_alone(tmp_path: Path, tiny_b
         os.kill(process.pid, signal.SIGINT)
         status, _, err = finish(process)
     assert status == 0, err
+
+
+@pytest.mark.ray
+@pytest.mark.chaos
+def test_replicas_share_an_alias_also_with_one_that_comes_later(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    for seed, name in enumerate(("v7", "v8"), start=1):
+        make_adapter(tmp_path / name, tiny_base, seed=seed)
+    adapters = [{"name": name, "path": str(tmp_path / name)} for name in ("v7", "v8")]
+    path, url = write(tmp_path, tiny_base, adapters=adapters, replicas=2, cpus_per_replica=1)
+    process = start(["serving", path.name], tmp_path)
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=8, timeout=120)
+
+    def set_(**weights: int) -> None:
+        targets = [{"model": model, "weight": weight} for model, weight in weights.items()]
+        requests.post(
+            f"{url}/v1/aliases", json={"name": "bot", "targets": targets}, timeout=60
+        ).raise_for_status()
+
+    def ask(user: str) -> str:
+        answer = client.chat.completions.create(model="bot", messages=CHAT, max_tokens=1, user=user)
+        return answer.model
+
+    users = [f"user {number}" for number in range(24)]
+    try:
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            versions = lambda: [*pool.map(ask, users)]  # noqa: E731
+            wait_for(f"{url}/healthz", process)
+            wait_until(lambda: len(replicas(process.pid)) == 2, process)
+            for model in ("v7", "v8"):
+                wait_until(lambda name=model: is_served(url, name), process)
+            set_(v7=50, v8=50)
+            first = versions()  # at once: a replica that has not heard of it asks the registry
+            assert set(first) == {"v7", "v8"}
+            assert versions() == first
+            older = replicas(process.pid)
+            for victim in older:  # so that each of the others answers alone for a while
+                os.kill(victim, signal.SIGKILL)
+                assert versions() == first
+                wait_until(lambda gone=victim: is_replaced(process.pid, gone), process)
+            assert not set(older) & set(replicas(process.pid))
+            assert versions() == first
+            set_(v8=1)
+            wait_until(lambda: set(versions()) == {"v8"}, process)
+            rolled = requests.post(f"{url}/v1/aliases/bot/rollback", json={}, timeout=60)
+            rolled.raise_for_status()
+            wait_until(lambda: versions() == first, process)
+    finally:
+        os.kill(process.pid, signal.SIGINT)
+        status, _, err = finish(process)
+    assert status == 0, err
+
+
+def is_served(url: str, model: str) -> bool:
+    listed = requests.get(f"{url}/v1/models", timeout=60).json()["data"]
+    return model in [row["id"] for row in listed]
+
+
+def is_replaced(driver: int, victim: int) -> bool:
+    living = replicas(driver)
+    return len(living) == 2 and victim not in living
 
 
 @pytest.mark.ray
