@@ -15,6 +15,8 @@ from openai import OpenAI
 from processes import ROOT, finish, start
 from test_serving_app import wait_for, write
 
+from cluster.ownership import RunLock
+
 pytestmark = pytest.mark.ray
 COLOURS = ("red", "green", "blue", "white")
 
@@ -197,7 +199,7 @@ def test_a_job_learns_preferences_and_is_validated(server: tuple[OpenAI, Path]) 
     assert answer(client, done.fine_tuned_model) is not None
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_job_pauses_and_goes_on_as_if_it_had_not_and_a_cancelled_one_leaves_nothing(
     server: tuple[OpenAI, Path],
 ) -> None:
@@ -220,7 +222,13 @@ def test_a_job_pauses_and_goes_on_as_if_it_had_not_and_a_cancelled_one_leaves_no
             assert time.monotonic() < deadline, training_processes(directory)
             time.sleep(0.2)
 
-    paused = create("paused")
+    cancelled = create("cancelled")
+    wait(client, cancelled, "running")
+    assert client.fine_tuning.jobs.cancel(cancelled).status == "cancelled"
+    is_quiet()
+    with RunLock(directory / "runs" / cancelled):
+        pass
+    paused = create("paused")  # runs: the cluster's one free core has been given back
     wait(client, paused, "running")
     assert client.fine_tuning.jobs.pause(paused).status == "paused"
     is_quiet()
@@ -243,7 +251,3 @@ def test_a_job_pauses_and_goes_on_as_if_it_had_not_and_a_cancelled_one_leaves_no
         for id in (paused, whole)
     )
     assert one == other
-    cancelled = create("cancelled")
-    wait(client, cancelled, "running")
-    assert client.fine_tuning.jobs.cancel(cancelled).status == "cancelled"
-    is_quiet()
