@@ -29,6 +29,7 @@ from typing import IO
 
 from cluster import members, offspring, session
 from cluster.errors import ClusterError, ConfigError
+from cluster.stale_leases import StaleLeases
 
 HEAD_TIMINGS = {
     "RAY_health_check_initial_delay_ms": "0",
@@ -239,7 +240,7 @@ class Supervisor:
 
     def _watch(self, child: "subprocess.Popen[bytes]", start_id: str, started: float) -> str:
         heard = started
-        raylet = None
+        raylet = stale_leases = None
         while not self._stop.wait(_POLL_S):
             offspring.bury(spare=child.pid)
             if child.poll() is not None:
@@ -255,7 +256,12 @@ class Supervisor:
                 self._tell("node_up", node=found.node_id, host=found.host, after_s=seconds)
             if found is None and raylet is not None and not self._is_head_silent:
                 return "the head does not know it: another head has taken over"
-            heard = heard if self._is_head_silent else now
+            if self._is_head_silent:
+                stale_leases = StaleLeases()  # it may be another head that answers again
+            else:
+                heard = now
+                if stale_leases is not None and (ended := stale_leases.end()):
+                    self._tell("idle_workers_ended", pids=",".join(map(str, ended)))
             if raylet is None and now - started > _START_TIMEOUT_S:
                 return f"not up after {_START_TIMEOUT_S:.0f} s"
             if self._settings.is_head and raylet and now - heard > _SILENT_HEAD_S:

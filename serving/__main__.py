@@ -97,6 +97,11 @@ def serve(
                 ray_serve.run(tuner, name="loray-jobs", route_prefix=None)
             url = f"http://{recipe.http.host}:{recipe.http.port}/v1"
             say(f"serving {recipe.model_name} at {url} after {time.perf_counter() - started:.0f} s")
+            if ray_session.num_nodes > 1:
+                say(
+                    f"of the cluster's nodes those that have a replica, and the head, listen: now "
+                    f"{', '.join(_listeners())}"
+                )
             if not has_keys:
                 say(
                     "no key was ever made: whoever is on this machine may do everything, until the "
@@ -109,6 +114,15 @@ def serve(
             ray_serve.delete("loray")  # `shutdown` alone ends the proxy under them
         finally:
             ray_serve.shutdown()
+
+
+def _listeners() -> list[str]:
+    """Addresses of the nodes where Serve listens now."""
+    import ray
+    from ray import serve as ray_serve
+
+    ids = ray_serve.status().proxies
+    return sorted(str(node["NodeManagerAddress"]) for node in ray.nodes() if node["NodeID"] in ids)
 
 
 def _on_signals(act: Callable[..., None]) -> None:

@@ -71,6 +71,21 @@ def test_with_redis_a_run_goes_on_while_the_head_is_away(tmp_path: Path, tiny_ba
     assert events_of(recipe, "failed") == []
 
 
+@chaos.full
+def test_what_the_old_head_had_queued_holds_no_cpu_for_ever(tmp_path: Path) -> None:
+    with cluster(has_redis=True) as here:
+        b = here.nodes[0]
+        b.start(["queue_an_actor", here.address, b.ip], log="actors")
+        wait_for(lambda: "waits" in b.said("actors"), 60, "an actor waits")
+        here.kill_head()
+        until_head_is_back(here)
+        (b.directory / "go").touch()
+        wait_for(lambda: "answered" in b.said("actors"), 200, "the actor that waited answers")
+        print(b.said("actors").splitlines()[-1])
+        assert b.said().count("event=idle_workers_ended") == 1
+        assert [here.num_starts(node) for node in here.nodes] == [1, 1]
+
+
 SERVING = "ray::ServeReplica:loray"
 
 

@@ -32,6 +32,7 @@ from cluster.registry.tables import Model
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, chaos.full]
 
 URL = "http://127.0.0.1:8000"
+"""At the head: Serve listens there, and where it has put a replica."""
 NUM_JOBS = chaos.times(4, 50)
 ROUNDS = chaos.times(1, 8)
 """How often each is killed; the head, whose return takes a minute, half as often."""
@@ -164,9 +165,9 @@ def test_every_job_over_http_ends_as_it_should_and_once_whatever_is_killed(
         killer = Killer(here, own_postgres, runs)
         began = time.monotonic()
         owner = Owner(
-            URL, tiny_base.name, NUM_JOBS, has_keys=True, settings=SETTINGS, enter=b.enter
+            URL, tiny_base.name, NUM_JOBS, has_keys=True, settings=SETTINGS, enter=here.head.enter
         )
-        lookers = Lookers(URL, period_s=0.5, enter=b.enter)
+        lookers = Lookers(URL, period_s=0.5, enter=here.head.enter)
         try:
             deadline = began + chaos.times(900, 3300)
             while not (owner.is_done() and is_over(opened)):
@@ -188,7 +189,9 @@ def test_every_job_over_http_ends_as_it_should_and_once_whatever_is_killed(
         with opened.read() as session:
             name = session.scalar(select(Model.name).where(Model.step.is_(None)))
         assert name is not None
-        assert on(b, lambda: client.completions.create(model=name, prompt="a", max_tokens=2))
+        assert on(
+            here.head, lambda: client.completions.create(model=name, prompt="a", max_tokens=2)
+        )
         print(f"figure: {dict(Counter(owner.wanted.values()))} jobs in {took_s:.0f} s")
         print(f"figure: killed {json.dumps(killer.kills)}; runs started {len(known)}")
         print(f"figure: lists were answered {dict(lookers.answers)}")
