@@ -15,6 +15,7 @@ import psutil
 import pytest
 from tiny import byte_tokenizer
 
+from cluster import offspring
 from training import encoding
 from training.examples import BadRow, Example, Message
 from training.special_ids import stop_ids
@@ -74,8 +75,7 @@ def test_two_processes_give_the_blocks_of_one(num_rows: int) -> None:
     alone = told(num_rows, 1)
     assert len(alone[1]) + len(alone[2]) == num_rows
     assert told(num_rows, 2) == alone
-    children = psutil.Process().children(recursive=True)
-    assert not [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    assert not [child for child in offspring.living() if "spawn_main" in " ".join(child.cmdline())]
 
 
 @pytest.mark.parametrize("kind", [Deadly, Stay])
@@ -105,6 +105,7 @@ def test_no_more_rows_are_read_than_there_is_work_under_way() -> None:
 
 LONG = """
 import test_training_encoding as room
+from cluster import offspring
 from training import encoding
 if __name__ == "__main__":
     for block in encoding.blocks(room.rows(10**9), room.encoder(), num_processes=2, alone_rows=256):
