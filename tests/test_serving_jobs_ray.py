@@ -71,7 +71,7 @@ def serve_on(here: Cluster, directory: Path, base: Path, url: str) -> "subproces
 
     def serves() -> bool:
         assert driver.poll() is None, b.said("serve")
-        return "/v1 after" in b.said("serve")
+        return f"and the head, listen: now {here.head.ip}" in b.said("serve")
 
     wait_for(serves, 240, "it serves")
     return driver
