@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -258,7 +259,7 @@ def _private(num_cpus: int | None, *, has_jobs_api: bool) -> Iterator[None]:
             "RAY_raylet_report_resources_period_milliseconds": "1000",
             "RAY_USAGE_STATS_ENABLED": "0",
         }
-        with environment(variables), _loopback_only():
+        with environment(variables), _loopback_only(), _free_agent_port():
             forget_token()
             try:
                 _init(
@@ -357,6 +358,23 @@ def _loopback_only() -> Iterator[None]:
             yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _free_agent_port() -> Iterator[None]:
+    """Have the agents of Ray nodes that this process starts listen on a port that is free.
+
+    Ray (2.60) has them listen on 52365, for which `ray.init` has no word. Where another Ray of this
+    machine has that port, the agent lives on without a server, and no job ever starts.
+    """
+    from ray._private import parameter
+
+    before: Any = parameter.RayParams
+    parameter.RayParams = partial(before, dashboard_agent_listen_port=0)  # pyright: ignore
+    try:
+        yield
+    finally:
+        parameter.RayParams = before
 
 
 def forget_token() -> None:

@@ -8,14 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from local_cluster import free_port
 
-from cluster import session
+from cluster import jobs, session
 from cluster.errors import ClusterError, ConfigError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -51,6 +51,7 @@ def test_private_session_is_loopback_only_asks_for_a_token_and_leaves_nothing(
 
     monkeypatch.chdir(tmp_path)
     others = _descendants()
+    packages()  # which sets a variable for torch
     before = dict(os.environ)
     with session.connect(num_cpus=2) as found:
         assert (found.is_private, found.num_cpus, found.num_nodes) == (True, 2, 1)
@@ -81,7 +82,7 @@ def test_private_session_is_loopback_only_asks_for_a_token_and_leaves_nothing(
 
 DRIVER = """
 import os, sys
-from cluster import session
+from cluster import jobs, session
 with session.connect(num_cpus=1):
     print(os.environ["RAY_AUTH_TOKEN_PATH"], flush=True)
     if sys.stdin.readline():
@@ -103,6 +104,17 @@ def test_packages_are_found_also_where_each_has_a_directory_of_its_own(tmp_path:
         capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     assert done.stdout.splitlines() == [str(copy) for copy in unpacked]
+
+
+@pytest.mark.ray
+def test_a_private_ray_beside_another_takes_jobs() -> None:
+    with ExitStack() as stack:
+        with suppress(OSError):  # another Ray has it
+            stack.enter_context(socket.create_server(("127.0.0.1", 52365)))
+        found = stack.enter_context(session.connect(num_cpus=1, has_jobs_api=True))
+        assert found.jobs_api is not None
+        job = jobs.submit(["true"], address=found.jobs_api, working_dir=None)
+        assert jobs.follow(job, address=found.jobs_api) == 0
 
 
 @pytest.mark.ray
