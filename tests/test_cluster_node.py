@@ -179,6 +179,8 @@ def test_a_node_whose_raylet_is_lost_comes_back_and_ends_without_a_trace(
     assert psutil.wait_procs(after, timeout=1)[1] == []
     lines = log.read_text().splitlines()
     events = [word for line in lines for word in line.split() if word.startswith("event=")]
+    hiccups = ("event=head_silent", "event=head_answers")  # on a busy machine it may take 2 s
+    events = [event for event in events if event not in hiccups]
     expected = ("token_made", "node_up", "node_down", "node_restarts", "node_up", "node_stopped")
     assert events == [f"event={name}" for name in expected]
     assert (tmp_path / "token").read_text() not in log.read_text()
