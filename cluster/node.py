@@ -256,12 +256,11 @@ class Supervisor:
                 self._tell("node_up", node=found.node_id, host=found.host, after_s=seconds)
             if found is None and raylet is not None and not self._is_head_silent:
                 return "the head does not know it: another head has taken over"
-            if self._is_head_silent:
-                stale_leases = StaleLeases()  # it may be another head that answers again
-            else:
-                heard = now
-                if stale_leases is not None and (ended := stale_leases.end()):
-                    self._tell("idle_workers_ended", pids=",".join(map(str, ended)))
+            heard = heard if self._is_head_silent else now
+            if self._is_head_silent:  # what answers again may be another head
+                stale_leases = StaleLeases() if raylet is not None else None
+            elif stale_leases is not None and (ended := stale_leases.end()):
+                self._tell("idle_workers_ended", pids=",".join(map(str, ended)))
             if raylet is None and now - started > _START_TIMEOUT_S:
                 return f"not up after {_START_TIMEOUT_S:.0f} s"
             if self._settings.is_head and raylet and now - heard > _SILENT_HEAD_S:

@@ -259,17 +259,18 @@ def _private(num_cpus: int | None, *, has_jobs_api: bool) -> Iterator[None]:
             "RAY_raylet_report_resources_period_milliseconds": "1000",
             "RAY_USAGE_STATS_ENABLED": "0",
         }
-        with environment(variables), _loopback_only(), _free_agent_port():
+        with environment(variables), _loopback_only():
             forget_token()
             try:
-                _init(
-                    address="local",
-                    num_cpus=num_cpus,
-                    include_dashboard=has_jobs_api,
-                    dashboard_host="127.0.0.1",
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    _temp_dir=str(directory / "r"),  # Ray 2.60 opens it to everybody.
-                )
+                with _free_agent_port():
+                    _init(
+                        address="local",
+                        num_cpus=num_cpus,
+                        include_dashboard=has_jobs_api,
+                        dashboard_host="127.0.0.1",
+                        object_store_memory=_OBJECT_STORE_BYTES,
+                        _temp_dir=str(directory / "r"),  # Ray 2.60 opens it to everybody.
+                    )
                 _end_idle_servers(has_jobs_api=has_jobs_api)
                 yield
             finally:
@@ -362,9 +363,9 @@ def _loopback_only() -> Iterator[None]:
 
 @contextmanager
 def _free_agent_port() -> Iterator[None]:
-    """Have the agents of Ray nodes that this process starts listen on a port that is free.
+    """Have the agent of a Ray node that is started in the block listen on a port that is free.
 
-    Ray (2.60) has them listen on 52365, for which `ray.init` has no word. Where another Ray of this
+    Ray (2.60) has it listen on 52365, for which `ray.init` has no word. Where another Ray of this
     machine has that port, the agent lives on without a server, and no job ever starts.
     """
     from ray._private import parameter

@@ -95,18 +95,8 @@ def serve(
                 jobs_api = recipe.tuning.jobs_api or ray_session.jobs_api or app.JOBS_API
                 tuner = app.build_tuner(recipe, directory, jobs_api)
                 ray_serve.run(tuner, name="loray-jobs", route_prefix=None)
-            url = f"http://{recipe.http.host}:{recipe.http.port}/v1"
-            say(f"serving {recipe.model_name} at {url} after {time.perf_counter() - started:.0f} s")
-            if ray_session.num_nodes > 1:
-                say(
-                    f"of the cluster's nodes those that have a replica, and the head, listen: now "
-                    f"{', '.join(_listeners())}"
-                )
-            if not has_keys:
-                say(
-                    "no key was ever made: whoever is on this machine may do everything, until the "
-                    f"first `loray keys create {file} NAME`"
-                )
+            took_s = time.perf_counter() - started
+            _announce(file, recipe, took_s, num_nodes=ray_session.num_nodes, has_keys=has_keys)
             stop.wait()
             say("stopping: answers that run may end; Ctrl-C again stops at once")
             if recipe.tuning is not None:
@@ -114,6 +104,24 @@ def serve(
             ray_serve.delete("loray")  # `shutdown` alone ends the proxy under them
         finally:
             ray_serve.shutdown()
+
+
+def _announce(
+    file: Path, recipe: "ServeRecipe", took_s: float, *, num_nodes: int, has_keys: bool
+) -> None:
+    """Say what is served where, and who may ask."""
+    url = f"http://{recipe.http.host}:{recipe.http.port}/v1"
+    say(f"serving {recipe.model_name} at {url} after {took_s:.0f} s")
+    if num_nodes > 1:
+        say(
+            "of the cluster's nodes those that have a replica, and the head, listen: now "
+            f"{', '.join(_listeners())}"
+        )
+    if not has_keys:
+        say(
+            "no key was ever made: whoever is on this machine may do everything, until the "
+            f"first `loray keys create {file} NAME`"
+        )
 
 
 def _listeners() -> list[str]:
