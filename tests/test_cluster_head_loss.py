@@ -102,7 +102,8 @@ def serve_on(here: Cluster, directory: Path, base: Path, *, log: str) -> "subpro
     path.write_text(yaml.safe_dump(tree))
     b = here.nodes[0]
     driver = b.start(["serving", str(path), "--address", here.address], log=log)
-    wait_for(lambda: "serving" in b.said(log) and "/v1 after" in b.said(log), 120, "it serves")
+    told = f"and the head, listen: now {here.head.ip}"
+    wait_for(lambda: told in b.said(log), 120, "it serves")
     return driver
 
 
